@@ -1,0 +1,285 @@
+"""The command line: parse, call one library function, print. Results on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+
+import edgeres
+from edgeres import progress
+from edgeres.errors import EdgeresError
+from edgeres.recipe import METHODS, PRECISIONS, STRIDE_ON, find_workspace, load_recipe, merge, resolve
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Failure(click.ClickException):
+    """An `EdgeresError` on its way out: cause, evidence, next step; no traceback."""
+
+    def __init__(self, error: EdgeresError) -> None:
+        super().__init__(error.cause)
+        self.error = error
+        self.exit_code = error.exit_code  # type: ignore[misc]
+
+    def show(self, file: Any = None) -> None:
+        click.secho(f"Error: {self.error.cause}", fg="red", err=True)
+        for line in self.error.evidence.splitlines():
+            click.echo(f"  {line}", err=True)
+        if self.error.hint:
+            click.echo(f"Next: {self.error.hint}", err=True)
+
+
+class Commands(click.Group):
+    """The one place where edgeres' errors become exit statuses; a bug keeps its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EdgeresError as error:
+            raise Failure(error) from error
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of the flow, not of the alphabet
+
+
+PATH = click.Path(path_type=Path)
+
+
+def recipe_option(section: str | None, key: str, *flags: str, **kwargs: Any) -> Callable[[F], F]:
+    """A flag that overrides ``key`` in ``section`` of the recipe. Paths start at the current folder."""
+    is_path = kwargs.pop("path", False)
+
+    def callback(ctx: click.Context, _param: click.Parameter, value: Any) -> None:
+        if value is not None:
+            value = str(Path(resolve(value, Path.cwd()))) if is_path else value
+            layer = {section: {key: value}} if section else {key: value}
+            ctx.meta["flags"] = merge(ctx.meta.get("flags", {}), layer)
+
+    return click.option(*flags, callback=callback, expose_value=False, **kwargs)
+
+
+OPTIONS: dict[str, Callable[[Any], Any]] = {
+    "variant": recipe_option(
+        "model",
+        "variant",
+        "--variant",
+        type=click.Choice(tuple(STRIDE_ON)),
+        help="Where stride 2 sits: v1 1x1, v1.5 3x3.",
+    ),
+    "weights": recipe_option(
+        "model", "weights", "--weights", path=True, help="Checkpoint file, or imagenet (torchvision's, v1.5)."
+    ),
+    "classes": recipe_option(
+        "model", "classes", "--classes", type=int, help="Number of classes; as the checkpoint has."
+    ),
+    "input-size": recipe_option("preprocess", "crop", "--input-size", type=int, help="Height and width in pixels."),
+    "resize": recipe_option(
+        "preprocess", "resize", "--resize", type=int, help="Shorter side before the crop; input size * 256/224."
+    ),
+    "opset": recipe_option("model", "opset", "--opset", type=int, help="ONNX opset, 17 unless given."),
+    "batch": recipe_option("model", "batch", "--batch", type=int, help="Fixed batch size; dynamic unless given."),
+    "precision": recipe_option(
+        "engine", "precision", "--precision", type=click.Choice(PRECISIONS), help="Precision of the engine."
+    ),
+    "target": recipe_option("engine", "target", "--target", help="Who executes the engine: cpu."),
+    "calibration": recipe_option(
+        "calibration",
+        "images",
+        "--calibration",
+        path=True,
+        help="Image folder or list file to calibrate on, or a range table.",
+    ),
+    "method": recipe_option(
+        "calibration", "method", "--method", type=click.Choice(METHODS), help="How ranges become thresholds."
+    ),
+    "calibration-limit": recipe_option(
+        "calibration", "limit", "--limit", type=int, help="Calibrate on at most this many images."
+    ),
+    "data": recipe_option(
+        "validation", "images", "--data", path=True, help="Image folder or list file to validate on."
+    ),
+    "labels": recipe_option(
+        "validation", "labels", "--labels", path=True, help="File with one class name per line, in the model's order."
+    ),
+    "limit": recipe_option("validation", "limit", "--limit", type=int, help="Validate on at most this many images."),
+    "max-drop": recipe_option(
+        "budget", "max_drop", "--max-drop", type=float, help="Budget: top-1 points below FP32 that may be lost."
+    ),
+    "seed": recipe_option(None, "seed", "--seed", type=int, help="Draws the subsets of images."),
+    "model": click.option("--model", type=PATH, help="FP32 ONNX file made by `edgeres export`."),
+    "skip-bad": click.option("--skip-bad", is_flag=True, help="Leave out unreadable images and say which."),
+    "output": click.option("-o", "--output", type=PATH, help="Where to write."),
+}
+
+
+def command(*names: str) -> Callable[[F], Any]:
+    """A command with the named `OPTIONS`, --json and --quiet, called with ``show(value, *renderables)``."""
+
+    def decorate(function: F) -> Any:
+        @functools.wraps(function)
+        def wrapper(as_json: bool, quiet: bool, **kwargs: Any) -> Any:
+            def show(value: Any, *renderables: Any) -> None:
+                from edgeres.files import to_json
+
+                if as_json:
+                    click.echo(to_json(value, indent=1))
+                else:
+                    # a pipe has no width of its own: never cut a table to guess one
+                    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+                    for item in renderables:
+                        console.print(item)
+
+            with progress.to(None if quiet else Console(stderr=True)):
+                return function(show=show, **kwargs)
+
+        decorated: Any = wrapper
+        for name in reversed(names):
+            decorated = OPTIONS[name](decorated)
+        decorated = click.option("--quiet", is_flag=True, help="No progress on stderr.")(decorated)
+        decorated = click.option("--json", "as_json", is_flag=True, help="Result as JSON on stdout.")(decorated)
+        return cli.command(decorated.__name__.rstrip("_").replace("_", "-"))(decorated)
+
+    return decorate
+
+
+def job(recipe: Path | None = None, model: Path | None = None, skip_bad: bool = False) -> Any:
+    """Workspace, recipe and flags -> `pipeline.Job`."""
+    from edgeres.pipeline import Job
+
+    root = find_workspace(recipe.parent if recipe else Path.cwd())
+    flags = click.get_current_context().meta.get("flags")
+    return Job(load_recipe(root, recipe, flags), root, model, skip_bad)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(edgeres.__version__, prog_name="edgeres")
+def cli() -> None:
+    """ResNet-50 from PyTorch to a quantized engine, with proof of what that cost and what it won.
+
+    Options not given come from edgeres.toml in this folder or one above it.
+    """
+
+
+@command(
+    "variant",
+    "weights",
+    "classes",
+    "input-size",
+    "resize",
+    "opset",
+    "batch",
+    "calibration",
+    "seed",
+    "skip-bad",
+    "output",
+)
+def export(show: Any, output: Path | None, skip_bad: bool) -> None:
+    """PyTorch weights -> FP32 ONNX, parity checked."""
+    from edgeres import graph, pipeline
+
+    path = pipeline.export(job(skip_bad=skip_bad), output)
+    show({"model": str(path), **graph.metadata(graph.load(path))}, str(path))
+
+
+@command("variant", "model", "calibration", "calibration-limit", "seed", "skip-bad", "output")
+def calibrate(show: Any, output: Path | None, **options: Any) -> None:
+    """FP32 ONNX + images -> range table."""
+    from edgeres import pipeline
+
+    path = pipeline.calibrate_model(job(**options), output)
+    show({"table": str(path)}, str(path))
+
+
+BUILD = ("variant", "weights", "precision", "target", "model", "calibration", "method", "calibration-limit", "seed")
+
+
+@command(*BUILD, "skip-bad", "output")
+def quantize(show: Any, output: Path | None, **options: Any) -> None:
+    """FP32 ONNX + range table -> typed ONNX for a target."""
+    from edgeres import graph, pipeline
+
+    path = pipeline.quantize_model(job(**options), output)
+    show({"onnx": str(path), **graph.metadata(graph.load(path))}, str(path))
+
+
+@command(*BUILD, "skip-bad", "output")
+def build_engine(show: Any, output: Path | None, **options: Any) -> None:
+    """Build an engine, and on the way whatever it needs that is missing."""
+    from edgeres import pipeline
+
+    engine = pipeline.ensure_engine(job(**options), output)
+    show({"engine": str(engine.path), **engine.record}, str(engine.path))
+
+
+@command("variant", "precision", "target", "model", "data", "labels", "limit", "max-drop", "seed", "skip-bad")
+@click.argument("engines", nargs=-1, type=PATH)
+def validate(show: Any, engines: tuple[Path, ...], **options: Any) -> None:
+    """Engines (the workspace's unless named) against the FP32 baseline.
+
+    Exit status 1 if --max-drop or the recipe's budget is not shown to be met.
+    """
+    from edgeres import pipeline
+    from edgeres.build import Engine
+
+    work = job(**options)
+    loaded = [Engine.load(path) for path in engines or (work.folder,)]
+    _show_results(show, pipeline.validate_engines(work, loaded))
+
+
+@command("weights", "calibration", "data", "limit", "max-drop", "seed", "skip-bad", "output")
+@click.argument("recipe", type=PATH)
+def run(show: Any, recipe: Path, output: Path | None, skip_bad: bool) -> None:
+    """Weights to verdict from one recipe; -o keeps the results as JSON."""
+    from edgeres import pipeline
+    from edgeres.files import write_json
+
+    work = job(recipe=recipe, skip_bad=skip_bad)
+    results = pipeline.run(work, (work.recipe.engine.precision,))
+    if output:
+        write_json(output, {"results": results})
+    _show_results(show, results)
+
+
+@command("variant", "classes", "input-size")
+@click.argument("path", type=PATH, required=False)
+def inspect(show: Any, path: Path | None) -> None:
+    """The network's stage table, or what is inside an ONNX file, a range table or an engine folder."""
+    from edgeres import inspect as inspection
+
+    if path is None:
+        recipe = job().recipe
+        show(*inspection.network(recipe.model.variant, recipe.model.classes or 1000, recipe.preprocess.crop))
+    else:
+        show(*inspection.artifact(path))
+
+
+@command("variant", "seed")
+def demo(show: Any) -> None:
+    """The whole flow offline: train on handwritten digits, export, quantize, build, validate."""
+    from edgeres import demo as example
+
+    flags = click.get_current_context().meta.get("flags", {})
+    _show_results(show, example.run(flags.get("model", {}).get("variant", "v1.5"), flags.get("seed", 0)))
+
+
+def _show_results(show: Any, results: list[dict[str, Any]]) -> None:
+    from edgeres import report
+
+    show(results if len(results) > 1 else results[0], report.table(results), *report.verdicts(results))
+    if not report.met(results):
+        click.get_current_context().exit(1)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    cli()
+
+
+if __name__ == "__main__":
+    main()

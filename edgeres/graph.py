@@ -1,0 +1,121 @@
+"""The few ONNX graph operations that everything shares.
+
+Normal form, which `export` writes and every later step expects: FP32, one input ``input`` (N, 3, H, W), one output
+``logits`` (N, classes), batch norm folded, and an ``edgeres`` entry in the metadata that says where it came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeres.errors import InputError, need
+from edgeres.files import atomic, to_json
+
+METADATA_KEY = "edgeres"
+INPUT, OUTPUT = "input", "logits"
+
+
+def load(path: Path) -> Any:
+    """Read and check an ONNX file -> ModelProto."""
+    onnx = need("onnx", "onnx")
+    if not path.is_file():
+        raise InputError(f"no ONNX file {path}", hint="`edgeres export` writes one")
+    try:
+        model = onnx.load(path)
+        onnx.checker.check_model(model)
+    except Exception as error:  # protobuf and the checker raise many kinds, none of them documented
+        raise InputError(
+            f"{path} is not a valid ONNX file",
+            evidence=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+            hint="it may be cut short or damaged; make or fetch it again",
+        ) from error
+    return model
+
+
+def save(model: Any, path: Path) -> None:
+    """Check ``model`` and write it as one file, whole or not at all."""
+    onnx = need("onnx", "onnx")
+    onnx.checker.check_model(model)
+    with atomic(path) as temporary:
+        temporary.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def metadata(model: Any) -> dict[str, Any]:
+    """What edgeres wrote into ``model`` ({} for a foreign file)."""
+    for entry in model.metadata_props:
+        if entry.key == METADATA_KEY:
+            return dict(json.loads(entry.value))
+    return {}
+
+
+def set_metadata(model: Any, values: dict[str, Any]) -> None:
+    """Replace edgeres' entry in the metadata of ``model``."""
+    kept = [entry for entry in model.metadata_props if entry.key != METADATA_KEY]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
+    model.metadata_props.add(key=METADATA_KEY, value=to_json(values))
+
+
+def digest(model: Any) -> str:
+    """SHA-256 of what ``model`` computes: graph and opset, not the metadata.
+
+    Metadata holds measured numbers, which differ between machines; the same weights give the same digest anywhere.
+    """
+    h = hashlib.sha256(model.graph.SerializeToString(deterministic=True))
+    h.update(json.dumps(sorted((o.domain, o.version) for o in model.opset_import)).encode())
+    return h.hexdigest()
+
+
+def normal_form(model: Any, path: Path) -> dict[str, Any]:
+    """Metadata of an FP32 model in normal form, or `InputError` saying what is missing."""
+    record = metadata(model)
+    inputs, outputs = [i.name for i in model.graph.input], [o.name for o in model.graph.output]
+    if inputs == [INPUT] and outputs == [OUTPUT] and record.get("precision") == "fp32":
+        return record
+    seen = f"inputs {inputs}, outputs {outputs}, precision {record.get('precision', 'not recorded')}"
+    raise InputError(
+        f"{path} is not an FP32 model made by edgeres",
+        evidence=seen,
+        hint="give the file that `edgeres export` wrote",
+    )
+
+
+def initializers(model: Any) -> dict[str, np.ndarray]:
+    """Constant tensors by name."""
+    numpy_helper = need("onnx.numpy_helper", "onnx")
+    return {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+
+
+def consumers(model: Any) -> dict[str, list[Any]]:
+    """Tensor name -> the nodes that read it, in graph order."""
+    out: dict[str, list[Any]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            out.setdefault(name, []).append(node)
+    return out
+
+
+def activations(model: Any) -> list[str]:
+    """Tensors that an INT8 executor may hold as integers, in graph order.
+
+    That is every value between two nodes except what only a ReLU reads (it is fused into its producer, so the ReLU's
+    output is what exists) and what comes out of Flatten (the same numbers under another shape).
+    """
+    readers = consumers(model)
+    names = [i.name for i in model.graph.input]
+    names += [out for node in model.graph.node if node.op_type != "Flatten" for out in node.output]
+    ends = {o.name for o in model.graph.output}
+    return [n for n in names if n not in ends and {r.op_type for r in readers.get(n, [])} not in ({"Relu"}, set())]
+
+
+def count_ops(model: Any) -> dict[str, int]:
+    """Operator type -> number of nodes, most frequent first."""
+    counts: dict[str, int] = {}
+    for node in model.graph.node:
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

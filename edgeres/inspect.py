@@ -1,0 +1,100 @@
+"""What is inside an artifact: (plain JSON values, what a person reads)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from edgeres.errors import InputError, UsageError, need
+from edgeres.files import read_json, to_json
+
+
+def network(variant: str, classes: int, input_size: int) -> tuple[dict[str, Any], RenderableType]:
+    """The stage table of ResNet-50 ``variant``."""
+    torch = need("torch", "torch")
+    from edgeres.model import MAC_RULE, describe, resnet50
+
+    with torch.device("meta"):  # counting needs shapes, not weights
+        rows = describe(resnet50(variant, classes), input_size)
+    parameters, macs = sum(r.parameters for r in rows), sum(r.macs for r in rows)
+    title = f"ResNet-50 {variant}, {classes} classes, input 3 x {input_size} x {input_size}"
+    out = _table("stage", "layers", "output", "parameters", "multiply-adds", title=title, right=3)
+    for r in rows:
+        out.add_row(r.name, r.layers, " x ".join(map(str, r.output)), f"{r.parameters:,}", f"{r.macs:,}")
+    out.add_row("total", "", "", f"{parameters / 1e6:.2f} M", f"{macs / 1e9:.2f} G", style="bold")
+    value = {
+        "variant": variant,
+        "classes": classes,
+        "input_size": input_size,
+        "parameters": parameters,
+        "macs": macs,
+        "mac_rule": MAC_RULE,
+        "stages": [vars(r) for r in rows],
+    }
+    return value, Group(out, Text(f"Counted: {MAC_RULE}.", style="dim"))
+
+
+def artifact(path: Path) -> tuple[dict[str, Any], RenderableType]:
+    """An ONNX file, a range table, or an engine folder."""
+    if path.is_dir() or path.name == "engine.json":
+        from edgeres.build import Engine
+
+        record = Engine.load(path).record
+        return record, _record(f"engine {path}", record)
+    if path.suffix == ".onnx":
+        return _onnx(path)
+    if path.suffix == ".json":
+        if str(read_json(path, "an edgeres artifact").get("format", "")).startswith("edgeres range table"):
+            return _range_table(path)
+        raise InputError(f"{path} is no range table", hint="for an engine, name its folder")
+    raise UsageError(f"cannot inspect {path}", hint="give an .onnx file, a range table, or an engine folder")
+
+
+def _onnx(path: Path) -> tuple[dict[str, Any], RenderableType]:
+    from edgeres import graph
+
+    model = graph.load(path)
+    value = {
+        "opset": {o.domain or "ai.onnx": o.version for o in model.opset_import},
+        "ir_version": model.ir_version,
+        "operators": graph.count_ops(model),
+        "digest": graph.digest(model),
+        "edgeres": graph.metadata(model),
+    }
+    return value, _record(str(path), value)
+
+
+def _range_table(path: Path) -> tuple[dict[str, Any], RenderableType]:
+    from edgeres.calibrate import RangeTable
+    from edgeres.thresholds import METHODS
+
+    table = RangeTable.load(path)
+    tensors: dict[str, dict[str, Any]] = {}
+    out = _table("tensor", "min", "max", *METHODS, title=f"{path}: {table.images} images", right=1)
+    for name, r in table.tensors.items():
+        thresholds = {m: f(r, 255) for m, f in METHODS.items()}
+        tensors[name] = {"min": r.min, "max": r.max, "count": r.count, "zeros": r.zeros, "thresholds": thresholds}
+        ends = (max(-lo, hi) for lo, hi in thresholds.values())
+        out.add_row(name, f"{r.min:.3f}", f"{r.max:.3f}", *(f"{e:.3f}" for e in ends))
+    note = "Under each method: the largest magnitude that uint8 with a zero point represents."
+    value = {"images": table.images, "skipped": table.skipped, "made_from": table.made_from, "tensors": tensors}
+    return value, Group(out, Text(note, style="dim"))
+
+
+def _record(title: str, value: dict[str, Any]) -> RenderableType:
+    out = _table("", "", title=title)
+    for key, item in value.items():
+        out.add_row(key, item if isinstance(item, str) else to_json(item))
+    return out
+
+
+def _table(*columns: str, title: str, right: int = 99) -> Table:
+    """``right``: the first column that is aligned to the right."""
+    out = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for i, column in enumerate(columns):
+        out.add_column(column, justify="right" if i >= right else "left")
+    return out

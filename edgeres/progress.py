@@ -1,0 +1,67 @@
+"""What is going on, told on stderr. Silent unless `to` was called, so that a library user sees nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+_console: ContextVar[Console | None] = ContextVar("console", default=None)
+
+
+@contextmanager
+def to(console: Console | None) -> Iterator[None]:
+    """Show progress on ``console`` inside the block; None is silence."""
+    token = _console.set(console)
+    try:
+        yield
+    finally:
+        _console.reset(token)
+
+
+def say(message: str) -> None:
+    """One line: a step taken, a fact that the user should not miss."""
+    if console := _console.get():
+        console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+class Step(Protocol):
+    """Reports one more of ``total`` done, with a word about how it goes."""
+
+    def __call__(self, note: str = "") -> None: ...
+
+
+@contextmanager
+def bar(what: str, total: int, unit: str) -> Iterator[Step]:
+    """A bar on a terminal; elsewhere one line when done."""
+    console = _console.get()
+    if console is None:
+        yield lambda note="": None
+        return
+    start, last = time.perf_counter(), ""
+    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn()]
+    columns += [TimeRemainingColumn(), TextColumn("{task.fields[note]}")]
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=total, note="")
+
+        def step(note: str = "") -> None:
+            nonlocal last
+            last = note or last
+            progress.update(task, advance=1, note=last)
+
+        yield step
+    say(f"{what}: {total:,} {unit} in {time.perf_counter() - start:.1f} s{', ' * bool(last)}{last}")
+
+
+def track(items: Iterable[T], what: str, total: int, unit: str = "batches") -> Iterator[T]:
+    """Iterate over ``items`` under a `bar`."""
+    with bar(what, total, unit) as step:
+        for item in items:
+            yield item
+            step()

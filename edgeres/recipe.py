@@ -1,0 +1,278 @@
+"""What a run is asked to do: frozen records, read strictly from TOML.
+
+A workspace is a folder with an ``edgeres.toml``; that file and every recipe have the same keys. What a recipe does
+not say the workspace says, and flags win over both.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import types
+import typing
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from edgeres.errors import InputError, UsageError
+from edgeres.files import digest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover
+    import tomli as tomllib
+
+WORKSPACE_FILE = "edgeres.toml"
+STRIDE_ON = {"v1": "1x1", "v1.5": "3x3"}
+"""Variant -> the convolution that carries stride 2 in a downsampling bottleneck."""
+PRECISIONS = ("fp32", "fp16", "int8")
+METHODS = ("minmax", "entropy", "percentile", "mse")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box")
+CHANNEL_ORDERS = ("RGB", "BGR")
+
+PATH = {"path": True}  # marks a field whose relative path starts at the workspace
+
+
+def one_of(what: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise `UsageError` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, 1)
+        guess = f"did you mean {near[0]!r}? " if near else ""
+        raise UsageError(f"unknown {what} {value!r}", hint=f"{guess}choose from: {', '.join(choices)}")
+
+
+def at_least(what: str, value: float | None, least: float) -> None:
+    """Raise `UsageError` if ``value`` is given and below ``least``."""
+    if value is not None and value < least:
+        raise UsageError(f"{what} is {value}", hint=f"it must be at least {least}")
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """From image file to network input: shorter side to ``resize``, center crop, scale to [0, 1], mean and std.
+
+    ``resize`` and ``crop`` are in pixels; without ``resize`` it is ``crop`` * 256 / 224, the common ImageNet ratio.
+    ``mean`` and ``std`` are per channel, in RGB order. The defaults are torchvision's for IMAGENET1K_V1.
+    """
+
+    crop: int = 224
+    resize: int | None = None
+    interpolation: str = "bilinear"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    channel_order: str = "RGB"
+
+    def __post_init__(self) -> None:
+        if self.resize is None:
+            object.__setattr__(self, "resize", round(self.crop * 256 / 224))
+        at_least("preprocess.crop (the input size)", self.crop, 1)
+        if self.size < self.crop:
+            raise UsageError(
+                f"preprocess.resize {self.resize} is smaller than the input size {self.crop}",
+                hint="the center crop would reach outside the image; give a resize of at least the input size",
+            )
+        one_of("preprocess.interpolation", self.interpolation, INTERPOLATIONS)
+        one_of("preprocess.channel_order", self.channel_order, CHANNEL_ORDERS)
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise UsageError("preprocess.mean and std need three numbers each, and no std of 0 or less")
+
+    @property
+    def size(self) -> int:
+        """Pixels of the shorter side after resizing."""
+        assert self.resize is not None
+        return self.resize
+
+    def digest(self) -> str:
+        """Identity of this contract, for artifacts made under it."""
+        return digest(asdict(self))
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain JSON values; ``Preprocess(**record)`` reads it back."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """``[model]``: which network and how it is exported. ``classes`` and ``batch`` None: as in the weights; dynamic."""
+
+    variant: str = "v1.5"
+    weights: str = field(default="imagenet", metadata=PATH)
+    classes: int | None = None
+    opset: int = 17
+    batch: int | None = None
+
+    def __post_init__(self) -> None:
+        one_of("variant", self.variant, tuple(STRIDE_ON))
+        at_least("model.classes", self.classes, 1)
+        at_least("model.batch", self.batch, 1)
+        if not 13 <= self.opset <= 22:
+            raise UsageError(
+                f"opset {self.opset} is outside 13 to 22",
+                hint="17 loads everywhere from TensorRT 8.6 on; per-channel Q/DQ needs at least 13",
+            )
+
+
+@dataclass(frozen=True)
+class CalibrationSection:
+    """``[calibration]``: which images, how many of them, and how ranges become thresholds."""
+
+    images: str | None = field(default=None, metadata=PATH)
+    limit: int = 512
+    method: str = "mse"
+
+    def __post_init__(self) -> None:
+        at_least("calibration.limit", self.limit, 1)
+        one_of("method", self.method, METHODS)
+
+
+@dataclass(frozen=True)
+class EngineSection:
+    """``[engine]``: what is built."""
+
+    target: str = "cpu"
+    precision: str = "int8"
+
+    def __post_init__(self) -> None:
+        one_of("precision", self.precision, PRECISIONS)
+
+
+@dataclass(frozen=True)
+class ValidationSection:
+    """``[validation]``: which images judge the engine. ``limit`` None: all. ``labels``: a file of class names."""
+
+    images: str | None = field(default=None, metadata=PATH)
+    labels: str | None = field(default=None, metadata=PATH)
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        at_least("validation.limit", self.limit, 1)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """``[budget]``: ``max_drop`` is the largest top-1 loss against FP32 that may ship, in percentage points."""
+
+    max_drop: float | None = None
+
+    def __post_init__(self) -> None:
+        at_least("budget.max_drop", self.max_drop, 0)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything one engine is made from. ``name`` is the stem of every file made; ``seed`` draws the subsets."""
+
+    name: str | None = None
+    seed: int = 0
+    model: ModelSection = ModelSection()
+    preprocess: Preprocess = Preprocess()
+    calibration: CalibrationSection = CalibrationSection()
+    engine: EngineSection = EngineSection()
+    validation: ValidationSection = ValidationSection()
+    budget: Budget = Budget()
+
+    def __post_init__(self) -> None:
+        if self.name is not None and (not self.name or Path(self.name).name != self.name):
+            raise UsageError(f"name {self.name!r} is no file name", hint="it becomes the stem of every file made")
+
+
+T = TypeVar("T")
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
+    """Build a frozen record from parsed TOML. An unknown key or a wrong type is a `UsageError` naming ``where``."""
+    known = {f.name: f for f in fields(typing.cast(Any, cls))}
+    hints = typing.get_type_hints(cls)
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            guess = f"did you mean {near[0]!r}? " if near else ""
+            raise UsageError(f"unknown key {key!r}{where}", hint=f"{guess}known keys: {', '.join(known)}")
+        hint = hints[key]
+        if is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise UsageError(f"{key!r}{where} must be a table", hint=f"write [{key}] above its keys")
+            arguments[key] = from_dict(typing.cast(Any, hint), value, f"{where} in [{key}]")
+        else:
+            arguments[key] = _checked(key, value, hint, where)
+    missing = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING and n not in values]
+    if missing:
+        raise UsageError(f"missing key {missing[0]!r}{where}")
+    return cls(**arguments)
+
+
+def _checked(key: str, value: Any, hint: Any, where: str) -> Any:
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    allowed = typing.get_args(hint) if union else (hint,)
+    for kind in allowed:
+        if typing.get_origin(kind) in (tuple, list):
+            item = typing.get_args(kind)[0]
+            if isinstance(value, list | tuple):
+                return typing.get_origin(kind)(_checked(key, v, item, where) for v in value)
+        elif kind is float and _is_number(value):
+            return float(value)
+        elif isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
+            return value
+    names = " or ".join(getattr(k, "__name__", str(k)) for k in allowed if k is not type(None))
+    raise UsageError(f"{key!r}{where} must be {names}, not {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def read_record(cls: type[T], text: str, what: str) -> T:
+    """Build a frozen record from TOML text; ``what`` names the text in errors."""
+    try:
+        return from_dict(cls, tomllib.loads(text), f" in {what}")
+    except ValueError as error:
+        raise UsageError(f"{what} is not valid TOML", evidence=str(error)) from error
+
+
+def merge(*layers: dict[str, Any]) -> dict[str, Any]:
+    """Nested dicts, the later ones winning key by key."""
+    out: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            both = isinstance(value, dict) and isinstance(out.get(key), dict)
+            out[key] = merge(out[key], value) if both else value
+    return out
+
+
+def read_toml(path: Path, root: Path) -> dict[str, Any]:
+    """A recipe file's keys, checked, with relative paths resolved against ``root``."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read recipe {path}", evidence=error.strerror or str(error)) from error
+    except ValueError as error:  # TOML syntax, or bytes that are not UTF-8
+        raise UsageError(f"{path} is not valid TOML", evidence=str(error)) from error
+    from_dict(Recipe, values, f" in {path}")  # on its own first, so that an error names this file
+    for section in fields(Recipe):
+        table = values.get(section.name)
+        if isinstance(table, dict):
+            for f in fields(typing.get_type_hints(Recipe)[section.name]):
+                if f.metadata.get("path") and f.name in table:
+                    table[f.name] = resolve(table[f.name], root)
+    return values
+
+
+def resolve(path: str, root: Path) -> str:
+    """``path`` against ``root``; a bare word that is no file there (such as "imagenet") stays a word."""
+    full = root / Path(path).expanduser()
+    return path if Path(path).parent == Path() and not Path(path).suffix and not full.exists() else str(full)
+
+
+def find_workspace(start: Path) -> Path:
+    """The nearest folder from ``start`` upward that has an ``edgeres.toml``; without one, ``start`` itself."""
+    start = start.resolve()
+    return next((d for d in (start, *start.parents) if (d / WORKSPACE_FILE).is_file()), start)
+
+
+def load_recipe(root: Path, recipe: Path | None = None, flags: dict[str, Any] | None = None) -> Recipe:
+    """Defaults, then the workspace's ``edgeres.toml``, then ``recipe``, then ``flags``: the later one wins."""
+    layers = [
+        read_toml(p, root) for p in (root / WORKSPACE_FILE, recipe) if p is not None and (p == recipe or p.is_file())
+    ]
+    return from_dict(Recipe, merge(*layers, flags or {}))
