@@ -1,0 +1,44 @@
+# Everything a developer or CI does. Each target sets up what it needs, and does so once.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+# an environment with the base dependencies alone: what a device has
+BASE := .venv-base/ready
+
+.PHONY: help demo test test-slow check format clean
+
+help:                ## this list
+	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' Makefile | expand -t 14
+
+demo: $(READY)       ## the whole flow offline: train, export, quantize, build, validate
+	@$(BIN)/edgeres demo
+
+test: $(READY) $(BASE) ## the tests
+	$(BIN)/pytest
+
+test-slow: $(READY)  ## the tests at real sizes
+	$(BIN)/pytest -m slow
+
+check: $(READY)      ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY)     ## format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:               ## remove the environments and everything built
+	rm -rf .venv .venv-base dist engines/out .mypy_cache .pytest_cache .ruff_cache
+
+$(READY): pyproject.toml constraints.txt
+	@echo "setting up .venv (once)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(BASE): pyproject.toml constraints.txt
+	@$(PYTHON) -m venv .venv-base
+	@.venv-base/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@

@@ -1,0 +1,103 @@
+"""Tiny things that every test may use, made by code and by the same functions a user calls."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from edgeres import graph
+from edgeres.data import ImageSet, open_images
+from edgeres.export import export_onnx
+from edgeres.model import ResNet
+from edgeres.recipe import Preprocess
+
+CLASSES = 4
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def pytest_report_header() -> str:
+    """Versions that results depend on."""
+    import onnx
+    import onnxruntime
+
+    return f"torch {torch.__version__}, onnx {onnx.__version__}, onnxruntime {onnxruntime.__version__}, {os.cpu_count()} cores"
+
+
+@pytest.fixture(autouse=True)
+def _private_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's cache or the folder the tests were started in."""
+    monkeypatch.setenv("EDGERES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+def tiny_resnet(stride_on: str = "3x3", seed: int = 0) -> ResNet:
+    """Four bottlenecks in two stages, an eighth of the width, with batch norm statistics that matter."""
+    torch.manual_seed(seed)
+    model = ResNet(CLASSES, stride_on, blocks=(2, 2), width=8)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.bias, std=0.2)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            module.running_mean.normal_(std=0.2)
+            module.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def preprocess() -> Preprocess:
+    return Preprocess(crop=32, resize=36)
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory: pytest.TempPathFactory, preprocess: Preprocess) -> Path:
+    """FP32 ONNX of `tiny_resnet`, as `edgeres export` writes it."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny.onnx"
+    record = {"variant": "v1.5", "weights": {"source": "tiny.pth", "sha256": "0" * 64}}
+    graph.save(export_onnx(tiny_resnet(), preprocess, record), path)
+    return path
+
+
+def write_images(root: Path, per_class: int, seed: int) -> Path:
+    """Smooth random images of several sizes and shapes, PNG and JPEG, in one folder per class."""
+    rng = np.random.default_rng(seed)
+    for label in range(CLASSES):
+        folder = root / f"class{label}"
+        folder.mkdir(parents=True)
+        for i in range(per_class):
+            coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8))
+            size = (40 + 3 * i, 60 - 2 * i)
+            coarse.resize(size, Image.Resampling.BICUBIC).save(folder / f"{i}.{'jpg' if i % 2 else 'png'}")
+    return root
+
+
+@pytest.fixture(scope="session")
+def train_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images") / "train", 8, seed=1)
+
+
+@pytest.fixture(scope="session")
+def val_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images") / "val", 6, seed=2)
+
+
+@pytest.fixture(scope="session")
+def train_images(train_folder: Path) -> ImageSet:
+    return open_images(train_folder)
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, tiny_path: Path, train_folder: Path, val_folder: Path) -> Iterator[Path]:
+    """The current folder, as a workspace whose image sets are named."""
+    (tmp_path / "edgeres.toml").write_text(
+        f'[calibration]\nimages = "{train_folder}"\n[validation]\nimages = "{val_folder}"\n', encoding="utf-8"
+    )
+    yield tmp_path
+
+
+shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the trained checkpoints and images in {SHARED}")
