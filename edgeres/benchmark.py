@@ -33,5 +33,5 @@ def summary(milliseconds: np.ndarray, batch: int) -> dict[str, Any]:
     """p50, p90 and p99 in ms, by trtexec's rule: the sample at n - 1 - int((1 - p/100) n), no interpolation."""
     ordered = np.sort(milliseconds)
     n = len(ordered)
-    percentiles = {f"p{p}": round(float(ordered[max(n - 1 - int((1 - p / 100) * n), 0)]), 4) for p in (50, 90, 99)}
+    percentiles = {f"p{p}": round(float(ordered[n - 1 - (100 - p) * n // 100]), 4) for p in (50, 90, 99)}
     return {**percentiles, "batch": batch, "samples": n}

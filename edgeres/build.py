@@ -39,8 +39,14 @@ class Engine:
                 hint="`edgeres build-engine` makes one",
             )
         record = read_json(folder / RECORD, "engine record")
-        if record.get("format") != FORMAT or not isinstance(record.get("file"), str):
+        if record.get("format") != FORMAT:
             raise InputError(f"{folder / RECORD} is not an engine record", evidence=f"format {record.get('format')!r}")
+        if missing := [k for k in ("file", "sha256", "executor") if not isinstance(record.get(k), str)]:
+            raise InputError(
+                f"engine record {folder / RECORD} is damaged",
+                evidence=f"without {', '.join(missing)}",
+                hint="build the engine again",
+            )
         engine = cls(folder / Path(record["file"]).name, record)
         if (found := sha256_file(engine.path)) != record["sha256"]:
             raise StaleError(
@@ -60,6 +66,8 @@ def build(typed: Path, folder: Path, target_name: str, target: Target) -> Engine
     start = time.perf_counter()
     model = graph.load(typed)
     made = graph.metadata(model)
+    if "precision" not in made:
+        raise InputError(f"{typed} was not made by edgeres", hint="give the file that `edgeres quantize` wrote")
     fusion = audit(typed, made["precision"])
     path = folder / "engine.onnx"
     # ONNX Runtime optimizes at load, for the CPU it finds: the portable file is the engine
@@ -104,9 +112,9 @@ def audit(typed: Path, precision: str) -> Fusion:
         open_session(typed, optimized)
         model = onnx.load(optimized)
     counts = graph.count_ops(model)
-    single = {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
+    half = {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT16}
     convolutions = [n for n in model.graph.node if "Conv" in n.op_type]
-    slow = [n.name for n in convolutions if n.input[1] in single and "QLinear" not in n.op_type]
+    slow = [n.name for n in convolutions if n.input[1] not in half and "QLinear" not in n.op_type]
     notes = []
     if precision == "fp16" and slow:
         notes.append(

@@ -35,7 +35,7 @@ class TensorRange:
     max: float = -math.inf
     count: int = 0
     zeros: int = 0
-    limit: float = 2.0**-126
+    limit: float = 2.0**-116  # the smallest for which BINS / limit is a float32
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(2 * BINS, np.int64))
 
     def update(self, values: np.ndarray) -> None:
@@ -49,10 +49,9 @@ class TensorRange:
         scale = np.float32(BINS / self.limit)
         for start in range(0, flat.size, 1 << 16):  # pieces that stay in the cache
             index = flat[start : start + (1 << 16)] * scale
+            np.floor(index, out=index)  # first, for adding BINS may round up across an edge
             index += np.float32(BINS)
-            # + BINS may round a tiny negative up to BINS, into the bin of zero: an error of one value of size ~0
-            counts = np.bincount(index.astype(np.int64), minlength=2 * BINS)
-            self.histogram += counts[: 2 * BINS]
+            self.histogram += np.bincount(index.astype(np.int64), minlength=2 * BINS)
 
     def _grow(self, largest: float) -> None:
         """Double ``limit`` until it exceeds ``largest``; each doubling merges bins in pairs around zero."""
@@ -80,6 +79,8 @@ class TensorRange:
         histogram = np.frombuffer(zlib.decompress(base64.b64decode(value["histogram"])), "<u8").astype(np.int64)
         if histogram.shape != (2 * BINS,) or histogram.sum() != value["count"]:
             raise ValueError("the histogram does not hold the counted values")
+        if not -value["limit"] < value["min"] <= value["max"] < value["limit"]:
+            raise ValueError("min, max and limit contradict each other")
         return cls(**{**value, "histogram": histogram})
 
 
@@ -109,9 +110,10 @@ class RangeTable:
             )
         try:
             tensors = {name: TensorRange.from_json(r) for name, r in value["tensors"].items()}
-            return cls(value["made_from"], value["images"], value["skipped"], tensors)
-        except (KeyError, TypeError, ValueError, zlib.error) as error:
-            raise InputError(f"range table {path} is damaged", evidence=str(error), hint="calibrate again") from error
+            return cls(dict(value["made_from"]), value["images"], value["skipped"], tensors)
+        except (AttributeError, KeyError, TypeError, ValueError, zlib.error) as error:
+            evidence = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise InputError(f"range table {path} is damaged", evidence=evidence, hint="calibrate again") from error
 
     def require(self, made_from: dict[str, str]) -> None:
         """Raise `StaleError` naming each input that is not the one the table was measured on."""
@@ -141,7 +143,9 @@ def calibrate(model: Any, batches: Iterable[Batch], made_from: dict[str, str]) -
     for batch in batches:
         results = session.run(inner, {graph.INPUT: batch.pixels})
         for name, values in zip((graph.INPUT, *inner), (batch.pixels, *results), strict=True):
-            if not np.isfinite(values.sum(dtype=np.float64)):
+            with np.errstate(invalid="ignore"):  # inf - inf
+                total = values.sum(dtype=np.float64)
+            if not np.isfinite(total):
                 raise InputError(
                     f"tensor {name} holds NaN or infinity",
                     evidence=f"among images {batch.index[0]} to {batch.index[-1]} of the calibration set",
@@ -149,4 +153,6 @@ def calibrate(model: Any, batches: Iterable[Batch], made_from: dict[str, str]) -
                 )
             table.tensors[name].update(values)
         table.images += len(batch.pixels)
+    if not table.images:
+        raise InputError("there are no images to calibrate on")
     return table

@@ -54,6 +54,8 @@ PATH = click.Path(path_type=Path)
 def recipe_option(section: str | None, key: str, *flags: str, **kwargs: Any) -> Callable[[F], F]:
     """A flag that overrides ``key`` in ``section`` of the recipe. Paths start at the current folder."""
     is_path = kwargs.pop("path", False)
+    if is_path:
+        kwargs["metavar"] = "PATH"
 
     def callback(ctx: click.Context, _param: click.Parameter, value: Any) -> None:
         if value is not None:
@@ -114,7 +116,7 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
     "seed": recipe_option(None, "seed", "--seed", type=int, help="Draws the subsets of images."),
     "model": click.option("--model", type=PATH, help="FP32 ONNX file made by `edgeres export`."),
     "skip-bad": click.option("--skip-bad", is_flag=True, help="Leave out unreadable images and say which."),
-    "output": click.option("-o", "--output", type=PATH, help="Where to write."),
+    "output": click.option("-o", "--output", type=PATH, help="Where to write; an engine is a folder."),
 }
 
 
@@ -138,11 +140,11 @@ def command(*names: str) -> Callable[[F], Any]:
             with progress.to(None if quiet else Console(stderr=True)):
                 return function(show=show, **kwargs)
 
-        decorated: Any = wrapper
+        # the outermost decorator is the first line of --help
+        decorated: Any = click.option("--quiet", is_flag=True, help="No progress on stderr.")(wrapper)
+        decorated = click.option("--json", "as_json", is_flag=True, help="Result as JSON on stdout.")(decorated)
         for name in reversed(names):
             decorated = OPTIONS[name](decorated)
-        decorated = click.option("--quiet", is_flag=True, help="No progress on stderr.")(decorated)
-        decorated = click.option("--json", "as_json", is_flag=True, help="Result as JSON on stdout.")(decorated)
         return cli.command(decorated.__name__.rstrip("_").replace("_", "-"))(decorated)
 
     return decorate
@@ -210,7 +212,7 @@ def quantize(show: Any, output: Path | None, **options: Any) -> None:
 
 @command(*BUILD, "skip-bad", "output")
 def build_engine(show: Any, output: Path | None, **options: Any) -> None:
-    """Build an engine, and on the way whatever it needs that is missing."""
+    """Build an engine, and whatever it needs that is missing."""
     from edgeres import pipeline
 
     engine = pipeline.ensure_engine(job(**options), output)
@@ -220,36 +222,44 @@ def build_engine(show: Any, output: Path | None, **options: Any) -> None:
 @command("variant", "precision", "target", "model", "data", "labels", "limit", "max-drop", "seed", "skip-bad")
 @click.argument("engines", nargs=-1, type=PATH)
 def validate(show: Any, engines: tuple[Path, ...], **options: Any) -> None:
-    """Engines (the workspace's unless named) against the FP32 baseline.
+    """Engines against the FP32 baseline: accuracy, latency.
 
-    Exit status 1 if --max-drop or the recipe's budget is not shown to be met.
+    Without ENGINES, the workspace's engine for --precision and --target. Exit status 1 if --max-drop or the recipe's
+    budget is not shown to be met.
     """
     from edgeres import pipeline
     from edgeres.build import Engine
 
     work = job(**options)
     loaded = [Engine.load(path) for path in engines or (work.folder,)]
-    _show_results(show, pipeline.validate_engines(work, loaded))
+    _show_results(show, pipeline.validate_engines(work, loaded), as_list=len(loaded) > 1)
 
 
 @command("weights", "calibration", "data", "limit", "max-drop", "seed", "skip-bad", "output")
 @click.argument("recipe", type=PATH)
 def run(show: Any, recipe: Path, output: Path | None, skip_bad: bool) -> None:
-    """Weights to verdict from one recipe; -o keeps the results as JSON."""
+    """Weights to verdict, from one recipe.
+
+    -o keeps the list of results as JSON. Exit status 1 if the recipe's budget is not shown to be met.
+    """
     from edgeres import pipeline
     from edgeres.files import write_json
 
     work = job(recipe=recipe, skip_bad=skip_bad)
     results = pipeline.run(work, (work.recipe.engine.precision,))
     if output:
-        write_json(output, {"results": results})
+        write_json(output, results)
     _show_results(show, results)
 
 
 @command("variant", "classes", "input-size")
 @click.argument("path", type=PATH, required=False)
 def inspect(show: Any, path: Path | None) -> None:
-    """The network's stage table, or what is inside an ONNX file, a range table or an engine folder."""
+    """The network, or what is inside an artifact.
+
+    Without PATH, the stage table: output sizes, parameters, multiply-adds. PATH is an ONNX file, a range table or an
+    engine folder.
+    """
     from edgeres import inspect as inspection
 
     if path is None:
@@ -261,17 +271,21 @@ def inspect(show: Any, path: Path | None) -> None:
 
 @command("variant", "seed")
 def demo(show: Any) -> None:
-    """The whole flow offline: train on handwritten digits, export, quantize, build, validate."""
+    """The whole flow, offline, on handwritten digits.
+
+    Trains a real ResNet-50 on the digits that come with scikit-learn (once, about a minute on two cores), then
+    exports, calibrates, quantizes, builds and validates it like any other checkpoint.
+    """
     from edgeres import demo as example
 
     flags = click.get_current_context().meta.get("flags", {})
     _show_results(show, example.run(flags.get("model", {}).get("variant", "v1.5"), flags.get("seed", 0)))
 
 
-def _show_results(show: Any, results: list[dict[str, Any]]) -> None:
+def _show_results(show: Any, results: list[dict[str, Any]], as_list: bool = True) -> None:
     from edgeres import report
 
-    show(results if len(results) > 1 else results[0], report.table(results), *report.verdicts(results))
+    show(results if as_list else results[0], report.table(results), *report.verdicts(results))
     if not report.met(results):
         click.get_current_context().exit(1)
 

@@ -81,7 +81,7 @@ class Manifest:
     @classmethod
     def from_text(cls, text: str) -> Manifest:
         """The inverse of `to_text`."""
-        rows = [line.split("\t") for line in text.splitlines()]
+        rows = [line.split("\t") for line in text.removesuffix("\n").split("\n")]
         labels = None if any(r[1] == "-" for r in rows) else tuple(int(r[1]) for r in rows)
         return cls(tuple(r[0] for r in rows), tuple(r[2] for r in rows), labels)
 
@@ -93,7 +93,7 @@ def open_images(source: str | Path, labels: str | Path | None = None) -> ImageSe
     Paths in a list file start at the file's own folder.
     """
     source = Path(source)
-    names = _read_lines(Path(labels)) if labels is not None else None
+    names = _read_names(Path(labels)) if labels is not None else None
     if source.is_dir():
         images = _open_folder(source, names)
     elif source.is_file():
@@ -130,25 +130,39 @@ def _image_files(folder: Path, deep: bool = True) -> list[Path]:
 def _open_list(path: Path, names: list[str] | None) -> ImageSet:
     index = {name: i for i, name in enumerate(names or ())}
     paths, labels = [], []
-    for number, line in enumerate(_read_lines(path), 1):
+    for number, line in _read_lines(path):
         if line.startswith("#"):
             continue
         # with tabs a third column (a manifest's hash) may follow; with spaces the path may contain some
-        name, label = line.split("\t")[:2] if "\t" in line else line.rpartition(" ")[::2]
+        name, label = map(str.strip, line.split("\t")[:2] if "\t" in line else line.rpartition(" ")[::2])
         if not name or not (label.isdecimal() or label in index):
             raise InputError(
                 f"{path}, line {number}: expected `path label`",
                 evidence=repr(line),
                 hint=f"the label is a class index{' or a name from the labels file' if index else ''}",
             )
-        paths.append(name.strip())
+        paths.append(name)
         labels.append(index[label] if label in index else int(label))
     return ImageSet(path.parent, tuple(paths), tuple(labels), tuple(index))
 
 
-def _read_lines(path: Path) -> list[str]:
+def _read_names(path: Path) -> list[str]:
+    """Class names by index, from a labels file."""
+    names = [line for _, line in _read_lines(path)]
+    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        raise InputError(
+            f"{path} names class {twice!r} twice",
+            evidence=f"as class {names.index(twice)} and again below",
+            hint="give each class a name of its own, such as its folder's",
+        )
+    return names
+
+
+def _read_lines(path: Path) -> list[tuple[int, str]]:
+    """Line number and text of each line that is not blank."""
     try:
-        return [line for raw in path.read_text(encoding="utf-8").splitlines() if (line := raw.strip())]
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        return [(number, line) for number, raw in enumerate(lines, 1) if (line := raw.strip())]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path} as a text file", evidence=str(error)) from error
 

@@ -12,7 +12,7 @@ from edgeres import benchmark, build, graph, quantize, report, validate
 from edgeres.calibrate import RangeTable, calibrate
 from edgeres.data import ImageSet, Loader, Manifest, open_images
 from edgeres.errors import InputError, StaleError, UsageError, need
-from edgeres.files import atomic, sha256_file, write_json
+from edgeres.files import atomic, sha256_file, to_json, write_json
 from edgeres.progress import say, track
 from edgeres.recipe import Preprocess, Recipe
 from edgeres.runners import Runner, open_runner
@@ -48,8 +48,9 @@ class Job:
 
     @property
     def manifest(self) -> Path:
-        """Which images the table was measured on."""
-        return self.table.with_suffix(".txt")
+        """Which images the table was measured on; beside the table, also if that was given."""
+        source = self.recipe.calibration.images or ""
+        return (Path(source) if source.endswith(".json") else self.table).with_suffix(".txt")
 
     @property
     def folder(self) -> Path:
@@ -114,23 +115,22 @@ def ensure_model(job: Job) -> Path:
 
 
 def _why_export(job: Job) -> str | None:
-    section = job.recipe.model
+    """What speaks against the FP32 model that is there. Only what a file or a flag said counts, not defaults."""
     if not job.fp32.is_file():
         return "missing"
-    have = graph.metadata(graph.load(job.fp32))
-    want = {
-        "variant": section.variant,
-        "opset": section.opset,
-        "batch": section.batch,
-        "classes": section.classes or have.get("classes"),
-        "preprocess": json.loads(json.dumps(job.recipe.preprocess.to_json())),
-    }
+    have, recipe = _recorded(job.fp32), job.recipe
+    said = recipe.said.get("model", {})
+    want = {k: v for k, v in vars(recipe.model).items() if k in said and k != "weights"}
+    if "preprocess" in recipe.said:
+        want["preprocess"] = json.loads(to_json(recipe.preprocess.to_json()))
     changed = [k for k, v in want.items() if have.get(k) != v]
-    source = Path(section.weights)
-    recorded = have.get("weights", {})
-    if source.name != recorded.get("source") or (source.is_file() and sha256_file(source) != recorded.get("sha256")):
-        changed.append("weights")
-    return f"another {' and '.join(changed)}" if changed else None
+    if "weights" in said:
+        source, recorded = Path(recipe.model.weights), have.get("weights", {})
+        same = (
+            sha256_file(source) == recorded.get("sha256") if source.is_file() else source.name == recorded.get("source")
+        )
+        changed += [] if same else ["weights"]
+    return f"made with another {' and '.join(changed)}" if changed else None
 
 
 def calibration_images(job: Job) -> ImageSet:

@@ -98,7 +98,8 @@ def activation_scales(model: Any, table: RangeTable, method: str) -> dict[str, t
             scales[name] = scales[source]
         elif name in wanted:
             lo, hi = METHODS[method](table.tensors[name], 255)
-            scale = np.float32((hi - lo) / 255) if hi > lo else np.float32(1)  # a constant zero: any scale will do
+            scale = np.float32((hi - lo) / 255)
+            scale = scale if scale > np.finfo(np.float32).tiny else np.float32(1)  # a constant zero: any scale will do
             scales[name] = np.asarray(scale), np.asarray(np.clip(np.rint(-lo / scale), 0, 255), np.uint8)
     return scales
 
@@ -108,12 +109,13 @@ def quantize_weight(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weight (K, ...) -> int8 (K, ...) and scale float32 (K,): absmax / (2^(bits-1) - 1) per output channel.
 
-    A channel of zeros gets scale 1. A scale so small that its bias would not fit int32 is raised until it does.
+    A channel of zeros gets scale 1, and so does one whose products with the input vanish in float32. A scale so small
+    that its bias would not fit int32 is raised until it does.
     """
     top = 2 ** (bits - 1) - 1
     scale = np.abs(weight.reshape(len(weight), -1)).max(1) / top
     scale = np.maximum(scale, np.abs(bias) / (input_scale * np.float32(2**30)))
-    scale = np.where(scale > np.finfo(np.float32).tiny, scale, 1).astype(np.float32)
+    scale = np.where(np.minimum(scale, scale * input_scale) > np.finfo(np.float32).tiny, scale, 1).astype(np.float32)
     integers = np.rint(weight / scale.reshape(-1, *[1] * (weight.ndim - 1)))
     return np.clip(integers, -top - 1, top).astype(np.int8), scale
 

@@ -7,10 +7,11 @@ not say the workspace says, and flags win over both.
 from __future__ import annotations
 
 import difflib
+import math
 import sys
 import types
 import typing
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,7 +44,7 @@ def one_of(what: str, value: str, choices: tuple[str, ...]) -> None:
 
 def at_least(what: str, value: float | None, least: float) -> None:
     """Raise `UsageError` if ``value`` is given and below ``least``."""
-    if value is not None and value < least:
+    if value is not None and not value >= least:  # nor NaN
         raise UsageError(f"{what} is {value}", hint=f"it must be at least {least}")
 
 
@@ -73,8 +74,9 @@ class Preprocess:
             )
         one_of("preprocess.interpolation", self.interpolation, INTERPOLATIONS)
         one_of("preprocess.channel_order", self.channel_order, CHANNEL_ORDERS)
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise UsageError("preprocess.mean and std need three numbers each, and no std of 0 or less")
+        finite = all(map(math.isfinite, (*self.mean, *self.std)))
+        if len(self.mean) != 3 or len(self.std) != 3 or not finite or min(self.std) <= 0:
+            raise UsageError("preprocess.mean and std need three finite numbers each, and no std of 0 or less")
 
     @property
     def size(self) -> int:
@@ -170,6 +172,8 @@ class Recipe:
     engine: EngineSection = EngineSection()
     validation: ValidationSection = ValidationSection()
     budget: Budget = Budget()
+    said: dict[str, Any] = field(default_factory=dict, compare=False, metadata={"internal": True})
+    """What files and flags said, without the defaults: an existing artifact may differ in the rest."""
 
     def __post_init__(self) -> None:
         if self.name is not None and (not self.name or Path(self.name).name != self.name):
@@ -181,7 +185,7 @@ T = TypeVar("T")
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
     """Build a frozen record from parsed TOML. An unknown key or a wrong type is a `UsageError` naming ``where``."""
-    known = {f.name: f for f in fields(typing.cast(Any, cls))}
+    known = {f.name: f for f in fields(typing.cast(Any, cls)) if not f.metadata.get("internal")}
     hints = typing.get_type_hints(cls)
     arguments: dict[str, Any] = {}
     for key, value in values.items():
@@ -199,7 +203,10 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
     missing = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING and n not in values]
     if missing:
         raise UsageError(f"missing key {missing[0]!r}{where}")
-    return cls(**arguments)
+    try:
+        return cls(**arguments)
+    except UsageError as error:  # of a value, or of two that do not go together
+        raise UsageError(f"{error.cause}{where}", evidence=error.evidence, hint=error.hint) from error
 
 
 def _checked(key: str, value: Any, hint: Any, where: str) -> Any:
@@ -240,22 +247,22 @@ def merge(*layers: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def read_toml(path: Path, root: Path) -> dict[str, Any]:
-    """A recipe file's keys, checked, with relative paths resolved against ``root``."""
+def read_toml(path: Path, root: Path, below: dict[str, Any]) -> dict[str, Any]:
+    """A recipe file's keys over those of ``below``, checked, with relative paths resolved against ``root``."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read recipe {path}", evidence=error.strerror or str(error)) from error
     except ValueError as error:  # TOML syntax, or bytes that are not UTF-8
         raise UsageError(f"{path} is not valid TOML", evidence=str(error)) from error
-    from_dict(Recipe, values, f" in {path}")  # on its own first, so that an error names this file
+    from_dict(Recipe, merge(below, values), f" in {path}")  # before the next layer, so that an error names this file
     for section in fields(Recipe):
         table = values.get(section.name)
         if isinstance(table, dict):
             for f in fields(typing.get_type_hints(Recipe)[section.name]):
                 if f.metadata.get("path") and f.name in table:
                     table[f.name] = resolve(table[f.name], root)
-    return values
+    return merge(below, values)
 
 
 def resolve(path: str, root: Path) -> str:
@@ -272,7 +279,9 @@ def find_workspace(start: Path) -> Path:
 
 def load_recipe(root: Path, recipe: Path | None = None, flags: dict[str, Any] | None = None) -> Recipe:
     """Defaults, then the workspace's ``edgeres.toml``, then ``recipe``, then ``flags``: the later one wins."""
-    layers = [
-        read_toml(p, root) for p in (root / WORKSPACE_FILE, recipe) if p is not None and (p == recipe or p.is_file())
-    ]
-    return from_dict(Recipe, merge(*layers, flags or {}))
+    said: dict[str, Any] = {}
+    for path in (root / WORKSPACE_FILE, recipe):
+        if path is not None and (path == recipe or path.is_file()):
+            said = read_toml(path, root, said)
+    said = merge(said, flags or {})
+    return replace(from_dict(Recipe, said), said=said)

@@ -79,7 +79,7 @@ def table(results: list[dict[str, Any]]) -> Table:
         ends = f"{side['size_bytes'] / 1e6:.1f}", f"{latency['p50']:.2f}", f"{latency['p99']:.2f}"
         out.add_row(name, f"{side['top1']:.2f}", *middle, *ends)
 
-    row("baseline", first["baseline"], "", "", "", "")
+    row("FP32", first["baseline"], "", "", "", "")
     for r in results:
         lo, hi = r["drop"]["interval"]
         noise = "exact" if r["sqnr_db"] in (None, float("inf")) else f"{r['sqnr_db']:.1f} dB"

@@ -83,7 +83,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """``word`` is PASS, FAIL or NOT ENOUGH IMAGES; ``images_needed`` estimates how many would decide the last."""
+    """``word`` is PASS, FAIL or NOT ENOUGH IMAGES; ``images_needed`` estimates how many would decide the last.
+
+    It is None too where the drop seen is so close to the budget that no number can be named.
+    """
 
     word: str
     images_needed: int | None = None
@@ -97,8 +100,10 @@ def judge(comparison: Comparison, max_drop: float) -> Verdict:
     if best > max_drop:
         return Verdict("FAIL")
     # the interval narrows with the square root of the number of images, around the drop seen so far
-    room = abs(max_drop - (best + worst) / 2) or 1e-9
-    needed = comparison.images * ((worst - best) / 2 / room) ** 2
+    room = abs(max_drop - (best + worst) / 2)
+    needed = comparison.images * ((worst - best) / 2 / room) ** 2 if room else math.inf
+    if needed > 1e9:
+        return Verdict("NOT ENOUGH IMAGES")  # the drop seen is the budget itself: no number can be named
     magnitude = 10 ** max(0, math.floor(math.log10(needed)) - 1)
     return Verdict("NOT ENOUGH IMAGES", math.ceil(needed / magnitude) * magnitude)
 
@@ -108,10 +113,11 @@ def compare(baseline: Runner, engines: dict[str, Runner], batches: Iterable[Batc
     results = {name: Comparison() for name in engines}
     for batch in batches:
         reference = _infer("the FP32 baseline", baseline, batch)
-        if batch.labels is None or batch.labels.max() >= reference.shape[1]:
+        if batch.labels is None or batch.labels.min() < 0 or batch.labels.max() >= reference.shape[1]:
             raise InputError(
                 "the validation images have no labels" if batch.labels is None else "a label is out of range",
-                evidence="" if batch.labels is None else f"label {batch.labels.max()}, {reference.shape[1]} classes",
+                evidence="" if batch.labels is None else f"labels {batch.labels.min()} to {batch.labels.max()}, "
+                f"{reference.shape[1]} classes",
                 hint="give one folder per class, in the model's class order, or a list file of `path label` lines",
             )
         for name, runner in engines.items():

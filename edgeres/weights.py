@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import urllib.request
+from http.client import HTTPException
+from urllib.error import HTTPError
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from edgeres.errors import InputError, UsageError, need
-from edgeres.files import atomic, sha256_file
+from edgeres.files import atomic, cache_folder, sha256_file
 from edgeres.model import ResNet, resnet50
 from edgeres.progress import bar
 
@@ -33,9 +33,9 @@ class Checkpoint:
 
     @property
     def classes(self) -> int | None:
-        """Rows of the classifier, or None where there is no ``fc.weight``."""
+        """Rows of the classifier, or None where there is no ``fc.weight`` with rows."""
         weight = self.tensors.get("fc.weight")
-        return None if weight is None else len(weight)
+        return None if weight is None or not weight.ndim else len(weight)
 
 
 def locate(weights: str, variant: str) -> Path:
@@ -59,19 +59,9 @@ def locate(weights: str, variant: str) -> Path:
     return path
 
 
-def cache_folder() -> Path:
-    """``EDGERES_CACHE``, or the platform's folder for caches."""
-    if folder := os.environ.get("EDGERES_CACHE"):
-        return Path(folder)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "edgeres" / "Cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "edgeres"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeres"
-
-
 def download(url: str, path: Path, sha256_prefix: str) -> None:
     """Fetch ``url`` to ``path``; the file appears only when whole and its SHA-256 starts with ``sha256_prefix``."""
+    own = "give a checkpoint of your own with --weights FILE, or see the flow without network: `edgeres demo`"
     try:
         with urllib.request.urlopen(url, timeout=30) as response, atomic(path) as temporary:
             length = int(response.headers.get("Content-Length") or 0)
@@ -86,14 +76,11 @@ def download(url: str, path: Path, sha256_prefix: str) -> None:
                 raise InputError(
                     f"the download of {url} is damaged",
                     evidence=f"{received:,} of {length:,} bytes, SHA-256 {found[:12]}, expected {sha256_prefix}",
-                    hint="try again; nothing was kept",
+                    hint=f"nothing was kept; try again, or {own}",
                 )
-    except OSError as error:  # URLError is one
-        raise InputError(
-            f"cannot download {url}",
-            evidence=str(getattr(error, "reason", error)),
-            hint="give a checkpoint of your own with --weights FILE, or see the flow without network: `edgeres demo`",
-        ) from error
+    except (OSError, HTTPException) as error:  # URLError is an OSError
+        reason = error if isinstance(error, HTTPError) else getattr(error, "reason", error)
+        raise InputError(f"cannot download {url}", evidence=str(reason), hint=own) from error
 
 
 def load_checkpoint(path: Path, source: str | None = None) -> Checkpoint:

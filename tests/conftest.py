@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,8 @@ def pytest_report_header() -> str:
     import onnx
     import onnxruntime
 
-    return f"torch {torch.__version__}, onnx {onnx.__version__}, onnxruntime {onnxruntime.__version__}, {os.cpu_count()} cores"
+    packages = (torch, onnx, onnxruntime, np)
+    return ", ".join([*(f"{p.__name__} {p.__version__}" for p in packages), f"{os.cpu_count()} cores"])
 
 
 @pytest.fixture(autouse=True)
@@ -92,12 +92,12 @@ def train_images(train_folder: Path) -> ImageSet:
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, tiny_path: Path, train_folder: Path, val_folder: Path) -> Iterator[Path]:
+def workspace(tmp_path: Path, tiny_path: Path, train_folder: Path, val_folder: Path) -> Path:
     """The current folder, as a workspace whose image sets are named."""
     (tmp_path / "edgeres.toml").write_text(
         f'[calibration]\nimages = "{train_folder}"\n[validation]\nimages = "{val_folder}"\n', encoding="utf-8"
     )
-    yield tmp_path
+    return tmp_path
 
 
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the trained checkpoints and images in {SHARED}")
