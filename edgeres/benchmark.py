@@ -15,8 +15,9 @@ SAMPLES = 200
 """Per runner: enough that p99 is not the maximum."""
 
 
-def latency(runners: dict[str, Runner], pixels: np.ndarray, samples: int = SAMPLES) -> dict[str, np.ndarray]:
-    """Wall time of ``infer(pixels)`` in ms, ``samples`` per runner, after a warm-up that is not counted."""
+def latency(runners: dict[str, Runner], pixels: np.ndarray, samples: int | None = None) -> dict[str, np.ndarray]:
+    """Wall time of ``infer(pixels)`` in ms, ``samples`` (`SAMPLES`) per runner, after a warm-up that is not counted."""
+    samples = samples or SAMPLES
     times: dict[str, list[float]] = {name: [] for name in runners}
     with bar("measure latency", samples, "rounds") as step:
         for i in range(WARM_UP + samples):

@@ -79,7 +79,7 @@ def _range_table(path: Path) -> tuple[dict[str, Any], RenderableType]:
         thresholds = {m: f(r, 255) for m, f in METHODS.items()}
         tensors[name] = {"min": r.min, "max": r.max, "count": r.count, "zeros": r.zeros, "thresholds": thresholds}
         ends = (max(-lo, hi) for lo, hi in thresholds.values())
-        out.add_row(name, f"{r.min:.3f}", f"{r.max:.3f}", *(f"{e:.3f}" for e in ends))
+        out.add_row(Text(name), f"{r.min:.3f}", f"{r.max:.3f}", *(f"{e:.3f}" for e in ends))
     note = "Under each method: the largest magnitude that uint8 with a zero point represents."
     value = {"images": table.images, "skipped": table.skipped, "made_from": table.made_from, "tensors": tensors}
     return value, Group(out, Text(note, style="dim"))
@@ -88,13 +88,14 @@ def _range_table(path: Path) -> tuple[dict[str, Any], RenderableType]:
 def _record(title: str, value: dict[str, Any]) -> RenderableType:
     out = _table("", "", title=title)
     for key, item in value.items():
-        out.add_row(key, item if isinstance(item, str) else to_json(item))
+        out.add_row(key, Text(item if isinstance(item, str) else to_json(item)))
     return out
 
 
 def _table(*columns: str, title: str, right: int = 99) -> Table:
     """``right``: the first column that is aligned to the right."""
-    out = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    name = Text(title)  # brackets in a path are no markup
+    out = Table(title=name, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for i, column in enumerate(columns):
         out.add_column(column, justify="right" if i >= right else "left")
     return out

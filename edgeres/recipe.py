@@ -183,8 +183,9 @@ class Recipe:
 T = TypeVar("T")
 
 
-def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
+def from_dict(cls: type[T], values: dict[str, Any], where: str = "", section: str = "") -> T:
     """Build a frozen record from parsed TOML. An unknown key or a wrong type is a `UsageError` naming ``where``."""
+    place = where + section
     known = {f.name: f for f in fields(typing.cast(Any, cls)) if not f.metadata.get("internal")}
     hints = typing.get_type_hints(cls)
     arguments: dict[str, Any] = {}
@@ -192,17 +193,17 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
             guess = f"did you mean {near[0]!r}? " if near else ""
-            raise UsageError(f"unknown key {key!r}{where}", hint=f"{guess}known keys: {', '.join(known)}")
+            raise UsageError(f"unknown key {key!r}{place}", hint=f"{guess}known keys: {', '.join(known)}")
         hint = hints[key]
         if is_dataclass(hint):
             if not isinstance(value, dict):
-                raise UsageError(f"{key!r}{where} must be a table", hint=f"write [{key}] above its keys")
-            arguments[key] = from_dict(typing.cast(Any, hint), value, f"{where} in [{key}]")
+                raise UsageError(f"{key!r}{place} must be a table", hint=f"write [{key}] above its keys")
+            arguments[key] = from_dict(typing.cast(Any, hint), value, where, f"{section} in [{key}]")
         else:
-            arguments[key] = _checked(key, value, hint, where)
+            arguments[key] = _checked(key, value, hint, place)
     missing = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING and n not in values]
     if missing:
-        raise UsageError(f"missing key {missing[0]!r}{where}")
+        raise UsageError(f"missing key {missing[0]!r}{place}")
     try:
         return cls(**arguments)
     except UsageError as error:  # of a value, or of two that do not go together

@@ -68,16 +68,12 @@ def result(
 def table(results: list[dict[str, Any]]) -> Table:
     """One row for the FP32 baseline, one per engine. Fits 80 columns."""
     first = results[0]
-    title = f"{first['model']} on {first['target']}, {first['images']:,} images"
-    out = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    out.add_column("")
-    for heading in ("top-1 %", "drop", "95% interval", "agree %", "SQNR", "MB", "p50 ms", "p99 ms"):
-        out.add_column(heading, justify="right", no_wrap=True)
+    rows = [["", "top-1 %", "drop", "95% interval", "agree %", "SQNR", "MB", "p50 ms", "p99 ms"]]
 
     def row(name: str, side: dict[str, Any], *middle: str) -> None:
         latency = side["latency_ms"]
         ends = f"{side['size_bytes'] / 1e6:.1f}", f"{latency['p50']:.2f}", f"{latency['p99']:.2f}"
-        out.add_row(name, f"{side['top1']:.2f}", *middle, *ends)
+        rows.append([name, f"{side['top1']:.2f}", *middle, *ends])
 
     row("FP32", first["baseline"], "", "", "", "")
     for r in results:
@@ -85,6 +81,14 @@ def table(results: list[dict[str, Any]]) -> Table:
         noise = "exact" if r["sqnr_db"] in (None, float("inf")) else f"{r['sqnr_db']:.1f} dB"
         middle = f"{r['drop']['top1']:+.2f}", f"{lo:+.2f} {hi:+.2f}", f"{r['agreement']['top1']:.2f}", noise
         row(r["precision"].upper(), r["engine"], *middle)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    gap = 2 if sum(widths) + 2 * (len(widths) - 1) <= 80 else 1  # a number cut short would be a wrong number
+    title = f"{first['model']} on {first['target']}, {first['images']:,} images"
+    out = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, gap, 0, 0))
+    for i, heading in enumerate(rows[0]):
+        out.add_column(heading, justify="right" if i else "left", no_wrap=True)
+    for cells in rows[1:]:
+        out.add_row(*cells)
     return out
 
 

@@ -116,8 +116,9 @@ def compare(baseline: Runner, engines: dict[str, Runner], batches: Iterable[Batc
         if batch.labels is None or batch.labels.min() < 0 or batch.labels.max() >= reference.shape[1]:
             raise InputError(
                 "the validation images have no labels" if batch.labels is None else "a label is out of range",
-                evidence="" if batch.labels is None else f"labels {batch.labels.min()} to {batch.labels.max()}, "
-                f"{reference.shape[1]} classes",
+                evidence=""
+                if batch.labels is None
+                else f"labels {batch.labels.min()} to {batch.labels.max()}, {reference.shape[1]} classes",
                 hint="give one folder per class, in the model's class order, or a list file of `path label` lines",
             )
         for name, runner in engines.items():

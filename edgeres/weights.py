@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import urllib.request
-from http.client import HTTPException
-from urllib.error import HTTPError
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import torch
 
@@ -90,9 +90,9 @@ def load_checkpoint(path: Path, source: str | None = None) -> Checkpoint:
             tensors = need("safetensors.torch", "torch").load_file(path)
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise InputError(f"cannot read checkpoint {path}", evidence=error.strerror or str(error)) from error
-    except Exception as error:  # unpickling and safetensors raise many kinds for a damaged file
+    except Exception as error:  # unpickling and safetensors raise many kinds for a damaged file, OSError among them
         raise InputError(
             f"{path} is not a readable checkpoint",
             evidence=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from edgeres import graph
+from edgeres import benchmark, graph
 from edgeres.data import ImageSet, open_images
 from edgeres.export import export_onnx
 from edgeres.model import ResNet
@@ -30,10 +30,11 @@ def pytest_report_header() -> str:
 
 
 @pytest.fixture(autouse=True)
-def _private_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or writes the user's cache or the folder the tests were started in."""
+def _private_and_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's cache or the folder the tests were started in, or measures for long."""
     monkeypatch.setenv("EDGERES_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(benchmark, "SAMPLES", 10)  # tests look at what is recorded, not at how fast it is
 
 
 def tiny_resnet(stride_on: str = "3x3", seed: int = 0) -> ResNet:

@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from conftest import tiny_resnet
+
+from edgeres import calibrate, graph
+from edgeres.cli import cli
+from edgeres.model import resnet50
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def edgeres() -> Run:
+    """Run a command line in the current folder."""
+    return lambda *arguments: CliRunner().invoke(cli, [str(a) for a in arguments])
+
+
+def failed(result: Result, status: int, *words: str) -> None:
+    """One clear message: status, no traceback, each of ``words``, and a next step."""
+    assert result.exit_code == status, result.output + result.stderr
+    assert isinstance(result.exception, SystemExit), "a bug, not a message"
+    assert result.stderr.startswith(("Error: ", "Usage: "))
+    for word in words:
+        assert word in result.stderr
+    leftover = [p for p in Path().rglob("*") if p.name.endswith(".tmp")]
+    assert leftover == []
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A full ResNet-50 of 4 classes with random weights."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "four.pth"
+    torch.save(resnet50("v1.5", 4).state_dict(), path)
+    return path
+
+
+def test_the_three_commands_need_no_option_in_a_workspace(workspace: Path, checkpoint: Path, edgeres: Run) -> None:
+    toml = workspace / "edgeres.toml"
+    toml.write_text(
+        toml.read_text() + f'[model]\nweights = "{checkpoint}"\n[preprocess]\ncrop = 32\n', encoding="utf-8"
+    )
+    exported = edgeres("export", "--variant", "v1.5")
+    assert exported.exit_code == 0, exported.stderr
+    assert exported.stdout.strip().endswith("engines/out/resnet50-v1.5.onnx")
+    record = graph.metadata(graph.load(Path(exported.stdout.strip())))
+    assert (record["variant"], record["classes"], record["preprocess"]["resize"]) == ("v1.5", 4, 37)
+    assert record["parity"]["images"]["images"] == 32
+    assert min(p["db"] for p in record["parity"].values()) > 100
+
+    built = edgeres("build-engine", "--precision", "int8")
+    assert built.exit_code == 0, built.stderr
+    assert "calibrate calibration/resnet50-v1.5.json (missing)" in built.stderr
+    assert "export" not in built.stderr
+
+    judged = edgeres("validate", "--json")
+    assert judged.exit_code == 0, judged.stderr
+    result = json.loads(judged.stdout)
+    assert (result["images"], result["precision"], result["verdict"]) == (24, "int8", None)
+
+
+def test_flags_win_over_the_workspace_file(workspace: Path, tiny_path: Path, edgeres: Run) -> None:
+    with (workspace / "edgeres.toml").open("a", encoding="utf-8") as f:
+        f.write('[engine]\nprecision = "fp16"\n')
+    by_file = edgeres("build-engine", "--model", tiny_path, "--json")
+    assert json.loads(by_file.stdout)["precision"] == "fp16"
+    by_flag = edgeres("build-engine", "--model", tiny_path, "--precision", "fp32", "--json")
+    assert json.loads(by_flag.stdout)["precision"] == "fp32"
+
+
+def test_a_second_build_does_nothing_and_a_new_method_builds_again(
+    workspace: Path, tiny_path: Path, edgeres: Run
+) -> None:
+    arguments = ("build-engine", "--model", tiny_path, "--precision", "int8")
+    assert "built" in edgeres(*arguments).stderr
+    again = edgeres(*arguments).stderr
+    assert "built" not in again
+    assert "up to date" in again
+    other = edgeres(*arguments, "--method", "entropy").stderr
+    assert "built" in other
+    assert "calibrate" not in other
+
+
+def test_budget_sets_the_exit_status(workspace: Path, tiny_path: Path, edgeres: Run) -> None:
+    edgeres("build-engine", "--model", tiny_path, "--precision", "fp32")
+    validate = ("validate", "--model", tiny_path, "--precision", "fp32", "--json", "--max-drop")
+    passed, open_ = edgeres(*validate, 50), edgeres(*validate, 0)
+    assert (passed.exit_code, json.loads(passed.stdout)["verdict"]) == (0, "PASS")
+    # identical answers on 24 images do not show that nothing is ever lost
+    assert (open_.exit_code, json.loads(open_.stdout)["verdict"]) == (1, "NOT ENOUGH IMAGES")
+
+
+def test_several_engines_are_judged_side_by_side(workspace: Path, tiny_path: Path, edgeres: Run) -> None:
+    engines = []
+    for precision in ("fp16", "int8"):
+        built = edgeres("build-engine", "--model", tiny_path, "--precision", precision)
+        engines.append(Path(built.stdout.strip()).parent)
+    result = edgeres("validate", *engines, "--model", tiny_path, "--json")
+    assert [r["precision"] for r in json.loads(result.stdout)] == ["fp16", "int8"]
+
+
+def test_quiet_says_nothing_on_stderr(workspace: Path, tiny_path: Path, edgeres: Run) -> None:
+    result = edgeres("build-engine", "--model", tiny_path, "--precision", "int8", "--quiet")
+    assert (result.exit_code, result.stderr) == (0, "")
+
+
+def test_table_fits_eighty_columns(workspace: Path, tiny_path: Path, edgeres: Run) -> None:
+    edgeres("build-engine", "--model", tiny_path, "--precision", "int8")
+    shown = edgeres("validate", "--model", tiny_path, "--precision", "int8").stdout
+    assert "INT8" in shown
+    assert max(map(len, shown.rstrip().splitlines()[:4])) <= 80
+
+
+@pytest.mark.parametrize(("variant", "macs"), [("v1", "3.86 G"), ("v1.5", "4.09 G")])
+def test_inspect_shows_the_network(edgeres: Run, variant: str, macs: str) -> None:
+    shown = edgeres("inspect", "--variant", variant).stdout
+    assert "25.56 M" in shown
+    assert macs in shown
+    assert "multiply-add" in shown
+
+
+def test_inspect_shows_artifacts(workspace: Path, tiny_path: Path, edgeres: Run) -> None:
+    edgeres("build-engine", "--model", tiny_path, "--precision", "int8")
+    for path in (tiny_path, Path("calibration/tiny.json"), Path("engines/out/tiny-int8-cpu")):
+        assert edgeres("inspect", path).exit_code == 0
+        assert json.loads(edgeres("inspect", path, "--json").stdout)
+
+
+def test_run_keeps_the_results(workspace: Path, checkpoint: Path, edgeres: Run) -> None:
+    recipe = workspace / "engines" / "mine.toml"
+    recipe.parent.mkdir()
+    recipe.write_text(
+        f'name = "mine"\n[model]\nvariant = "v1"\nweights = "{checkpoint}"\n[preprocess]\ncrop = 32\nresize = 32\n'
+        '[calibration]\nlimit = 8\nmethod = "minmax"\n[budget]\nmax_drop = 100.0\n',
+        encoding="utf-8",
+    )
+    result = edgeres("run", recipe, "--limit", 12, "-o", "kept.json", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout) == json.loads(Path("kept.json").read_text())
+    (kept,) = json.loads(result.stdout)
+    assert (kept["images"], kept["model"], kept["verdict"]) == (12, "resnet50 v1", "PASS")
+    assert kept["provenance"]["quantization"]["method"] == "minmax"
+
+
+# --- bad input: one clear message each, and nothing half-written ---
+
+
+def test_wrong_variant(edgeres: Run) -> None:
+    failed(edgeres("export", "--variant", "v2"), 2, "v2", "v1.5")
+
+
+def test_missing_checkpoint(edgeres: Run) -> None:
+    failed(edgeres("export", "--weights", "nowhere.pth"), 1, "nowhere.pth", "Next: ")
+
+
+def test_checkpoint_of_another_network(edgeres: Run, tmp_path: Path) -> None:
+    torch.save(tiny_resnet().state_dict(), tmp_path / "other.pth")
+    failed(edgeres("export", "--weights", "other.pth"), 1, "other.pth is not a ResNet-50 checkpoint", "layer1.2")
+    assert not Path("engines").exists()
+
+
+def test_int8_without_calibration_images(edgeres: Run, tiny_path: Path) -> None:
+    failed(edgeres("build-engine", "--model", tiny_path), 2, "calibration images", "--calibration")
+    assert not Path("engines").exists()
+
+
+def test_image_folder_without_images(edgeres: Run, tiny_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    failed(
+        edgeres("calibrate", "--model", tiny_path, "--calibration", "empty"), 1, "no images in", "one folder per class"
+    )
+
+
+def test_missing_image_folder(edgeres: Run, tiny_path: Path) -> None:
+    failed(edgeres("calibrate", "--model", tiny_path, "--calibration", "nowhere"), 1, "nowhere")
+
+
+def test_corrupt_onnx(edgeres: Run, tiny_path: Path, train_folder: Path) -> None:
+    Path("cut.onnx").write_bytes(tiny_path.read_bytes()[:5000])
+    failed(
+        edgeres("calibrate", "--model", "cut.onnx", "--calibration", train_folder), 1, "cut.onnx is not a valid ONNX"
+    )
+    assert not Path("calibration").exists()
+
+
+def test_foreign_onnx(workspace: Path, edgeres: Run, tiny_path: Path) -> None:
+    model = graph.load(tiny_path)
+    model.graph.input[0].name = "data"
+    for node in model.graph.node:
+        node.input[:] = ["data" if n == "input" else n for n in node.input]
+    graph.save(model, Path("foreign.onnx"))
+    failed(edgeres("build-engine", "--model", "foreign.onnx"), 1, "foreign.onnx", "'data'")
+
+
+def test_table_of_another_model(workspace: Path, edgeres: Run, tiny_path: Path) -> None:
+    edgeres("calibrate", "--model", tiny_path)
+    table = calibrate.RangeTable.load(Path("calibration/tiny.json"))
+    table.made_from["model"] = "f" * 64
+    table.save(Path("other.json"))
+    result = edgeres("build-engine", "--model", tiny_path, "--calibration", "other.json")
+    failed(result, 1, "made from another model", "ffffffffffff", "edgeres calibrate")
+    assert not Path("engines").exists()
+
+
+def test_table_given_by_hand(workspace: Path, edgeres: Run, tiny_path: Path) -> None:
+    edgeres("calibrate", "--model", tiny_path, "-o", "kept/mine.json")
+    result = edgeres("build-engine", "--model", tiny_path, "--calibration", "kept/mine.json")
+    assert result.exit_code == 0, result.stderr
+    assert not Path("calibration").exists()
+
+
+@pytest.mark.parametrize("name", ["edgeres.toml", "recipe.toml"])
+def test_unknown_key(edgeres: Run, name: str) -> None:
+    Path(name).write_text('[model]\nvariannt = "v1"\n', encoding="utf-8")
+    Path("recipe.toml").touch()
+    failed(edgeres("run", "recipe.toml"), 2, "variannt", name, "did you mean 'variant'")
+
+
+def test_missing_recipe(edgeres: Run) -> None:
+    failed(edgeres("run", "nowhere.toml"), 1, "nowhere.toml")
+
+
+def test_unknown_target(workspace: Path, edgeres: Run, tiny_path: Path) -> None:
+    failed(edgeres("build-engine", "--model", tiny_path, "--target", "cpuu"), 2, "cpuu", "did you mean 'cpu'")
+
+
+def test_validating_what_was_not_built(workspace: Path, edgeres: Run, tiny_path: Path) -> None:
+    failed(edgeres("validate", "--model", tiny_path), 1, "no engine at", "edgeres build-engine")
+
+
+def test_edited_engine(workspace: Path, edgeres: Run, tiny_path: Path) -> None:
+    built = edgeres("build-engine", "--model", tiny_path, "--precision", "fp32")
+    with Path(built.stdout.strip()).open("ab") as f:
+        f.write(b"x")
+    failed(edgeres("validate", "--model", tiny_path, "--precision", "fp32"), 1, "not the file that was built")
+
+
+def test_engine_of_another_model(workspace: Path, edgeres: Run, tiny_path: Path) -> None:
+    edgeres("build-engine", "--model", tiny_path, "--precision", "fp32")
+    model = graph.load(tiny_path)
+    model.graph.initializer[0].raw_data = bytes(len(model.graph.initializer[0].raw_data))
+    graph.save(model, Path("tiny.onnx"))
+    result = edgeres("validate", "engines/out/tiny-fp32-cpu", "--model", "tiny.onnx")
+    failed(result, 1, "was built from another model", "--model")
+
+
+def test_calibrating_on_validation_images(workspace: Path, edgeres: Run, tiny_path: Path, val_folder: Path) -> None:
+    arguments = ("--model", tiny_path, "--precision", "int8")
+    edgeres("build-engine", *arguments, "--calibration", val_folder)
+    failed(edgeres("validate", *arguments), 1, "24 validation images are calibration images too", "training split")
+
+
+def test_unreadable_images(workspace: Path, edgeres: Run, tiny_path: Path, train_folder: Path) -> None:
+    mixed = workspace / "mixed" / "class0"
+    mixed.mkdir(parents=True)
+    for source in sorted((train_folder / "class0").iterdir()):
+        (mixed / source.name).write_bytes(source.read_bytes())
+    (mixed / "7.jpg").write_bytes((mixed / "7.jpg").read_bytes()[:200])
+    (mixed / "8.png").write_bytes(b"")
+    arguments = ("calibrate", "--model", tiny_path, "--calibration", "mixed")
+    failed(edgeres(*arguments), 1, "2 unreadable images", "class0/7.jpg", "class0/8.png", "--skip-bad")
+    assert not Path("calibration").exists()
+    skipped = edgeres(*arguments, "--skip-bad")
+    assert skipped.exit_code == 0
+    assert "skipped class0/7.jpg" in skipped.stderr
+    assert calibrate.RangeTable.load(Path("calibration/tiny.json")).images == 7
+
+
+def test_class_count_that_does_not_fit(workspace: Path, edgeres: Run, tiny_path: Path) -> None:
+    edgeres("build-engine", "--model", tiny_path, "--precision", "fp32")
+    for i in range(2):
+        (workspace / "two" / f"c{i}").mkdir(parents=True)
+        (workspace / "two" / f"c{i}" / "0.pgm").write_bytes(b"P5 8 8 255\n" + bytes([i]) * 64)
+    result = edgeres("validate", "--model", tiny_path, "--precision", "fp32", "--data", "two")
+    failed(result, 1, "4 classes", "has 2", "--labels")

@@ -1,0 +1,73 @@
+"""What the documentation says is what the program does. To regenerate: python tests/test_docs.py"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+import tomllib
+
+from edgeres.cli import cli
+from edgeres.recipe import Recipe, from_dict
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(p for p in ROOT.rglob("*.md") if not any(part.startswith(".") for part in p.relative_to(ROOT).parts))
+
+
+def commands_page() -> str:
+    """docs/commands.md: every --help, 80 columns wide."""
+
+    def page(command: click.Command, name: str) -> str:
+        with click.Context(command, info_name=name, terminal_width=80) as context:
+            return f"```\n{command.get_help(context)}\n```\n"
+
+    parts = ["# Commands\n", page(cli, "edgeres")]
+    for name, command in cli.commands.items():
+        parts += [f"## {name}\n", page(command, f"edgeres {name}")]
+    return "\n".join(parts)
+
+
+def test_commands_page_is_what_help_prints() -> None:
+    assert (ROOT / "docs" / "commands.md").read_text(encoding="utf-8") == commands_page()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_shown_exist_with_their_options(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    shown = re.findall(r"^edgeres (?!\[|.*\.\.\.)(.*)$", text, re.MULTILINE) + re.findall(r"`edgeres ([^`]+)`", text)
+    for line in shown:
+        name, *arguments = shlex.split(line, comments=True)
+        if name.startswith("-"):
+            continue
+        known = {option for parameter in cli.commands[name].params for option in parameter.opts}
+        assert {a for a in arguments if a.startswith("-")} <= known, line
+
+
+def test_the_recipe_page_shows_every_key_and_no_other() -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    values = tomllib.loads(block)
+    recipe = from_dict(Recipe, values)
+    for section, shown in values.items():
+        if isinstance(shown, dict):
+            assert set(shown) == set(vars(getattr(recipe, section))), section
+
+
+def test_make_targets_in_the_readme_exist() -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    named = re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert named
+    assert set(named) <= set(targets)
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "commands.md").write_text(commands_page(), encoding="utf-8")
