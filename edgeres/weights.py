@@ -85,11 +85,9 @@ def download(url: str, path: Path, sha256_prefix: str) -> None:
 
 def load_checkpoint(path: Path, source: str | None = None) -> Checkpoint:
     """Read a .pt, .pth or .safetensors file of tensors by name; half precision becomes FP32."""
+    load_safetensors = need("safetensors.torch", "torch").load_file if path.suffix == ".safetensors" else None
     try:
-        if path.suffix == ".safetensors":
-            tensors = need("safetensors.torch", "torch").load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = load_safetensors(path) if load_safetensors else torch.load(path, "cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise InputError(f"cannot read checkpoint {path}", evidence=error.strerror or str(error)) from error
     except Exception as error:  # unpickling and safetensors raise many kinds for a damaged file, OSError among them
