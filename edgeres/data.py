@@ -1,4 +1,4 @@
-"""Images in: folders and list files -> batches of (N, 3, crop, crop) float32. The only preprocessing there is."""
+"""Images in: folders and list files -> batches of (N, 3, crop, crop) float32."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from edgeres.errors import InputError, need
 from edgeres.files import digest, sha256_file
+from edgeres.images import decode, normalize
 from edgeres.recipe import Preprocess
 
 IMAGE_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
@@ -54,6 +55,10 @@ class ImageSet:
         """SHA-256 of each file, in order."""
         with ThreadPoolExecutor() as pool:
             return tuple(pool.map(lambda p: sha256_file(self.root / p), self.paths))
+
+    def read(self, i: int, preprocess: Preprocess) -> np.ndarray:
+        """Image ``i`` resized and cropped -> uint8 (crop, crop, 3) RGB. Raises what decoding raises."""
+        return decode(self.root / self.paths[i], preprocess)
 
 
 @dataclass(frozen=True)
@@ -167,30 +172,6 @@ def _read_lines(path: Path) -> list[tuple[int, str]]:
         raise InputError(f"cannot read {path} as a text file", evidence=str(error)) from error
 
 
-def decode(path: Path, preprocess: Preprocess) -> np.ndarray:
-    """Read one image -> uint8 (crop, crop, 3) RGB, resized and cropped as torchvision does it on PIL images."""
-    Image = need("PIL.Image", "images")
-    with Image.open(path) as opened:
-        image = opened.convert("RGB")
-    w, h = image.size
-    short = min(w, h)
-    # torchvision's Resize truncates the longer side, its CenterCrop rounds the offset
-    size = (int(preprocess.size * w / short), int(preprocess.size * h / short))
-    if size != (w, h):
-        image = image.resize(size, getattr(Image.Resampling, preprocess.interpolation.upper()))
-    left, top = (round((extent - preprocess.crop) / 2.0) for extent in size)
-    return np.asarray(image.crop((left, top, left + preprocess.crop, top + preprocess.crop)))
-
-
-def normalize(pixels: np.ndarray, preprocess: Preprocess) -> np.ndarray:
-    """uint8 (N, H, W, 3) RGB -> float32 (N, 3, H, W): (x / 255 - mean) / std, in the model's channel order."""
-    mean, std = np.asarray(preprocess.mean, np.float32), np.asarray(preprocess.std, np.float32)
-    x = (pixels.astype(np.float32) / np.float32(255) - mean) / std
-    if preprocess.channel_order == "BGR":
-        x = x[..., ::-1]
-    return np.ascontiguousarray(x.transpose(0, 3, 1, 2))
-
-
 @dataclass(frozen=True)
 class Batch:
     """``pixels`` float32 (N, 3, crop, crop), ``labels`` int64 (N,) or None, ``index`` the images' places in the set."""
@@ -228,8 +209,8 @@ class Loader:
         try:
             while True:
                 while len(queue) <= self.AHEAD and (start := next(starts, None)) is not None:
-                    paths = self.images.paths[start : start + self.batch]
-                    queue.append((start, [pool.submit(self._decode, p) for p in paths]))
+                    places = range(start, min(start + self.batch, len(self.images)))
+                    queue.append((start, [pool.submit(self._read, i) for i in places]))
                 if not queue:
                     break
                 start, futures = queue.popleft()
@@ -240,9 +221,9 @@ class Loader:
         if len(self.skipped) == len(self.images):
             raise InputError(f"none of the {len(self.images)} images is readable", evidence=_listing(self.skipped))
 
-    def _decode(self, path: str) -> np.ndarray | str:
+    def _read(self, i: int) -> np.ndarray | str:
         try:
-            return decode(self.images.root / path, self.preprocess)
+            return self.images.read(i, self.preprocess)
         except Exception as error:  # a damaged file can raise anything from an image library
             return str(error) or type(error).__name__
 

@@ -78,9 +78,11 @@ def download(url: str, path: Path, sha256_prefix: str) -> None:
                     evidence=f"{received:,} of {length:,} bytes, SHA-256 {found[:12]}, expected {sha256_prefix}",
                     hint=f"nothing was kept; try again, or {own}",
                 )
+    except HTTPError as error:
+        error.close()  # it is an open response
+        raise InputError(f"cannot download {url}", evidence=str(error), hint=own) from error
     except (OSError, HTTPException) as error:  # URLError is an OSError
-        reason = error if isinstance(error, HTTPError) else getattr(error, "reason", error)
-        raise InputError(f"cannot download {url}", evidence=str(reason), hint=own) from error
+        raise InputError(f"cannot download {url}", evidence=str(getattr(error, "reason", error)), hint=own) from error
 
 
 def load_checkpoint(path: Path, source: str | None = None) -> Checkpoint:

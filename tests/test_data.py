@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from edgeres import data
-from edgeres.data import ImageSet, Loader, Manifest, decode, normalize, open_images
+from edgeres.data import ImageSet, Loader, Manifest, open_images
+from edgeres.images import decode, normalize
 from edgeres.errors import InputError
 from edgeres.recipe import Preprocess
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from edgeres import weights
-from edgeres.errors import EdgeresError, InputError, UsageError
+from edgeres.errors import EdgeresError, InputError, MissingDependency, UsageError
 from edgeres.model import ResNet, resnet50
 from edgeres.weights import Checkpoint, load_checkpoint, load_model, locate
 
@@ -139,6 +140,14 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match="cannot read checkpoint") as error:
         load_checkpoint(tmp_path / name)
     assert str(tmp_path / name) in error.value.cause
+
+
+def test_safetensors_not_installed_is_no_fault_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save({"fc.weight": torch.ones(1)}, tmp_path / "a.safetensors")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(MissingDependency, match="'safetensors'") as error:
+        load_checkpoint(path)
+    assert error.value.hint == 'pip install "edgeres[torch]"'
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
