@@ -80,7 +80,7 @@ def build(typed: Path, folder: Path, target_name: str, target: Target) -> Engine
         "size_bytes": path.stat().st_size,
         "target": target_name,
         "executor": target.executor,
-        **{k: made.get(k) for k in ("precision", "variant", "classes", "batch", "preprocess", "quantization")},
+        **{k: made.get(k) for k in ("precision", "depth", "variant", "classes", "batch", "preprocess", "quantization")},
         "fusion": asdict(fusion),
         "made_from": {"onnx": sha256_file(typed), "model": made.get("model", graph.digest(model))},
         "built_with": {

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from edgeres import graph
-from edgeres.data import Batch
 from edgeres.errors import InputError, StaleError, need
 from edgeres.files import read_json, write_json
+from edgeres.loader import Batch
 
 BINS = 2048
 """Histogram bins on each side of zero."""

@@ -14,7 +14,7 @@ from rich.console import Console
 import edgeres
 from edgeres import progress
 from edgeres.errors import EdgeresError
-from edgeres.recipe import METHODS, PRECISIONS, STRIDE_ON, find_workspace, load_recipe, merge, resolve
+from edgeres.recipe import DEPTHS, METHODS, PRECISIONS, STRIDE_ON, find_workspace, load_recipe, merge, resolve
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -54,12 +54,13 @@ PATH = click.Path(path_type=Path)
 def recipe_option(section: str | None, key: str, *flags: str, **kwargs: Any) -> Callable[[F], F]:
     """A flag that overrides ``key`` in ``section`` of the recipe. Paths start at the current folder."""
     is_path = kwargs.pop("path", False)
+    convert = kwargs.pop("convert", None)
     if is_path:
         kwargs["metavar"] = "PATH"
 
     def callback(ctx: click.Context, _param: click.Parameter, value: Any) -> None:
         if value is not None:
-            value = str(Path(resolve(value, Path.cwd()))) if is_path else value
+            value = resolve(value, Path.cwd()) if is_path else convert(value) if convert else value
             layer = {section: {key: value}} if section else {key: value}
             ctx.meta["flags"] = merge(ctx.meta.get("flags", {}), layer)
 
@@ -67,6 +68,14 @@ def recipe_option(section: str | None, key: str, *flags: str, **kwargs: Any) -> 
 
 
 OPTIONS: dict[str, Callable[[Any], Any]] = {
+    "depth": recipe_option(
+        "model",
+        "depth",
+        "--depth",
+        type=click.Choice(tuple(str(d) for d in DEPTHS)),
+        convert=int,
+        help="Layers of the network; 50 unless given.",
+    ),
     "variant": recipe_option(
         "model",
         "variant",
@@ -75,7 +84,7 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
         help="Where stride 2 sits: v1 1x1, v1.5 3x3.",
     ),
     "weights": recipe_option(
-        "model", "weights", "--weights", path=True, help="Checkpoint file, or imagenet (torchvision's, v1.5)."
+        "model", "weights", "--weights", path=True, help="Checkpoint file, or imagenet, imagenet-v2 (downloaded once)."
     ),
     "classes": recipe_option(
         "model", "classes", "--classes", type=int, help="Number of classes; as the checkpoint has."
@@ -114,13 +123,17 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
         "budget", "max_drop", "--max-drop", type=float, help="Budget: top-1 points below FP32 that may be lost."
     ),
     "seed": recipe_option(None, "seed", "--seed", type=int, help="Draws the subsets of images."),
+    "like": click.option(
+        "--like", metavar="NAME|PATH", help="Preprocessing: imagenet, imagenet-v2, timm, mlperf, or as an ONNX file's."
+    ),
     "model": click.option("--model", type=PATH, help="FP32 ONNX file made by `edgeres export`."),
+    "force": click.option("--force", is_flag=True, help="Use a checkpoint that seems to be of the other variant."),
     "skip-bad": click.option("--skip-bad", is_flag=True, help="Leave out unreadable images and say which."),
     "output": click.option("-o", "--output", type=PATH, help="Where to write; an engine is a folder."),
 }
 
 
-def command(*names: str) -> Callable[[F], Any]:
+def command(*names: str, parent: click.Group | None = None) -> Callable[[F], Any]:
     """A command with the named `OPTIONS`, --json and --quiet, called with ``show(value, *renderables)``."""
 
     def decorate(function: F) -> Any:
@@ -145,18 +158,18 @@ def command(*names: str) -> Callable[[F], Any]:
         decorated = click.option("--json", "as_json", is_flag=True, help="Result as JSON on stdout.")(decorated)
         for name in reversed(names):
             decorated = OPTIONS[name](decorated)
-        return cli.command(decorated.__name__.rstrip("_").replace("_", "-"))(decorated)
+        return (parent or cli).command(decorated.__name__.rstrip("_").replace("_", "-"))(decorated)
 
     return decorate
 
 
-def job(recipe: Path | None = None, model: Path | None = None, skip_bad: bool = False) -> Any:
+def job(recipe: Path | None = None, model: Path | None = None, skip_bad: bool = False, force: bool = False) -> Any:
     """Workspace, recipe and flags -> `pipeline.Job`."""
     from edgeres.pipeline import Job
 
     root = find_workspace(recipe.parent if recipe else Path.cwd())
     flags = click.get_current_context().meta.get("flags")
-    return Job(load_recipe(root, recipe, flags), root, model, skip_bad)
+    return Job(load_recipe(root, recipe, flags), root, model, skip_bad, force)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -168,28 +181,61 @@ def cli() -> None:
     """
 
 
-@command(
-    "variant",
-    "weights",
-    "classes",
-    "input-size",
-    "resize",
-    "opset",
-    "batch",
-    "calibration",
-    "seed",
-    "skip-bad",
-    "output",
-)
-def export(show: Any, output: Path | None, skip_bad: bool) -> None:
-    """PyTorch weights -> FP32 ONNX, parity checked."""
-    from edgeres import graph, pipeline
+NETWORK = ("depth", "variant", "weights")
+EXPORT = ("input-size", "resize", "opset", "batch", "calibration", "seed", "skip-bad")
+BUILD = ("precision", "target", "model", "calibration", "method", "calibration-limit", "seed", "skip-bad", "force")
 
-    path = pipeline.export(job(skip_bad=skip_bad), output)
+
+@command(*NETWORK, "classes", *EXPORT, "force", "output")
+def export(show: Any, output: Path | None, **options: Any) -> None:
+    """PyTorch weights -> FP32 ONNX, parity and variant checked."""
+    from edgeres import pipeline
+
+    _show_model(show, pipeline.export(job(**options), output))
+
+
+@command("like", *EXPORT, "output")
+@click.argument("path", type=PATH)
+def import_(show: Any, path: Path, like: str | None, output: Path | None, skip_bad: bool) -> None:
+    """Somebody's ONNX file -> the FP32 ONNX that export writes.
+
+    No ONNX file says how images are prepared: name it with --like, or in the workspace under [preprocess].
+    """
+    from edgeres import pipeline
+
+    work = job(skip_bad=skip_bad)
+    preprocess = pipeline.preprocess_like(work.recipe, like)
+    output = output or work.root / "engines" / "out" / f"{path.stem}.onnx"
+    _show_model(show, pipeline.import_model(work, path, preprocess, output))
+
+
+def _show_model(show: Any, path: Path) -> None:
+    from edgeres import graph
+
     show({"model": str(path), **graph.metadata(graph.load(path))}, str(path))
 
 
-@command("variant", "model", "calibration", "calibration-limit", "seed", "skip-bad", "output")
+@command("like", "input-size", "resize", "labels", "limit", "seed", "model", "skip-bad", "output")
+@click.argument("source", type=PATH)
+def pack(show: Any, source: Path, like: str | None, model: Path | None, skip_bad: bool, output: Path | None) -> None:
+    """Images -> one file of preprocessed pixels.
+
+    A pack is read at memory speed and needs no image library. It holds images for one preprocessing: that of --like,
+    of --model, or of the workspace.
+    """
+    from edgeres import pipeline
+    from edgeres.data import open_images
+    from edgeres.pack import write_pack
+
+    recipe = job().recipe
+    preprocess = pipeline.preprocess_like(recipe, like or (str(model) if model else None), default=True)
+    images = open_images(source, recipe.validation.labels).subset(recipe.validation.limit, recipe.seed)
+    path = output or Path(f"{source.name}.pack")
+    packed = write_pack(images, preprocess, path, skip_bad=skip_bad)
+    show({"pack": str(path), "images": len(packed), "preprocess": preprocess.to_json()}, str(path))
+
+
+@command(*NETWORK, "model", "calibration", "calibration-limit", "seed", "skip-bad", "force", "output")
 def calibrate(show: Any, output: Path | None, **options: Any) -> None:
     """FP32 ONNX + images -> range table."""
     from edgeres import pipeline
@@ -198,10 +244,7 @@ def calibrate(show: Any, output: Path | None, **options: Any) -> None:
     show({"table": str(path)}, str(path))
 
 
-BUILD = ("variant", "weights", "precision", "target", "model", "calibration", "method", "calibration-limit", "seed")
-
-
-@command(*BUILD, "skip-bad", "output")
+@command(*NETWORK, *BUILD, "output")
 def quantize(show: Any, output: Path | None, **options: Any) -> None:
     """FP32 ONNX + range table -> typed ONNX for a target."""
     from edgeres import graph, pipeline
@@ -210,7 +253,7 @@ def quantize(show: Any, output: Path | None, **options: Any) -> None:
     show({"onnx": str(path), **graph.metadata(graph.load(path))}, str(path))
 
 
-@command(*BUILD, "skip-bad", "output")
+@command(*NETWORK, *BUILD, "output")
 def build_engine(show: Any, output: Path | None, **options: Any) -> None:
     """Build an engine, and whatever it needs that is missing."""
     from edgeres import pipeline
@@ -219,7 +262,7 @@ def build_engine(show: Any, output: Path | None, **options: Any) -> None:
     show({"engine": str(engine.path), **engine.record}, str(engine.path))
 
 
-@command("variant", "precision", "target", "model", "data", "labels", "limit", "max-drop", "seed", "skip-bad")
+@command("depth", "variant", "precision", "target", "model", "data", "labels", "limit", "max-drop", "seed", "skip-bad")
 @click.argument("engines", nargs=-1, type=PATH)
 def validate(show: Any, engines: tuple[Path, ...], **options: Any) -> None:
     """Engines against the FP32 baseline: accuracy, latency.
@@ -235,9 +278,9 @@ def validate(show: Any, engines: tuple[Path, ...], **options: Any) -> None:
     _show_results(show, pipeline.validate_engines(work, loaded), as_list=len(loaded) > 1)
 
 
-@command("weights", "calibration", "data", "limit", "max-drop", "seed", "skip-bad", "output")
+@command("weights", "calibration", "data", "limit", "max-drop", "seed", "skip-bad", "force", "output")
 @click.argument("recipe", type=PATH)
-def run(show: Any, recipe: Path, output: Path | None, skip_bad: bool) -> None:
+def run(show: Any, recipe: Path, output: Path | None, **options: Any) -> None:
     """Weights to verdict, from one recipe.
 
     -o keeps the list of results as JSON. Exit status 1 if the recipe's budget is not shown to be met.
@@ -245,14 +288,14 @@ def run(show: Any, recipe: Path, output: Path | None, skip_bad: bool) -> None:
     from edgeres import pipeline
     from edgeres.files import write_json
 
-    work = job(recipe=recipe, skip_bad=skip_bad)
+    work = job(recipe=recipe, **options)
     results = pipeline.run(work, (work.recipe.engine.precision,))
     if output:
         write_json(output, results)
     _show_results(show, results)
 
 
-@command("variant", "classes", "input-size")
+@command("depth", "variant", "classes", "input-size")
 @click.argument("path", type=PATH, required=False)
 def inspect(show: Any, path: Path | None) -> None:
     """The network, or what is inside an artifact.
@@ -264,7 +307,7 @@ def inspect(show: Any, path: Path | None) -> None:
 
     if path is None:
         recipe = job().recipe
-        show(*inspection.network(recipe.model.variant, recipe.model.classes or 1000, recipe.preprocess.crop))
+        show(*inspection.network(recipe.model, recipe.preprocess.crop))
     else:
         show(*inspection.artifact(path))
 
@@ -280,6 +323,29 @@ def demo(show: Any) -> None:
 
     flags = click.get_current_context().meta.get("flags", {})
     _show_results(show, example.run(flags.get("model", {}).get("variant", "v1.5"), flags.get("seed", 0)))
+
+
+@cli.group(cls=Commands)
+def data() -> None:
+    """Look at image sets."""
+
+
+@command("labels", parent=data)
+@click.argument("source", type=PATH)
+@click.option("--against", type=PATH, help="A set that must not share an image with this one, by content.")
+def check(show: Any, source: Path, against: Path | None) -> None:
+    """What a set holds, and what is wrong with it.
+
+    Exit status 1 for unreadable images, or images shared with --against.
+    """
+    from edgeres import datacheck
+    from edgeres.data import open_images
+
+    images = open_images(source, job().recipe.validation.labels)
+    report = datacheck.check(images, open_images(against) if against else None)
+    show(report, datacheck.table(report))
+    if report["unreadable"] or report["overlap"]:
+        click.get_current_context().exit(1)
 
 
 def _show_results(show: Any, results: list[dict[str, Any]], as_list: bool = True) -> None:

@@ -1,21 +1,18 @@
-"""Images in: folders and list files -> batches of (N, 3, crop, crop) float32."""
+"""Image sets: folders and list files, the images and labels in them, and records of which were used."""
 
 from __future__ import annotations
 
 import hashlib
-import math
-import os
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from edgeres.errors import InputError, need
 from edgeres.files import digest, sha256_file
-from edgeres.images import decode, normalize
+from edgeres.images import decode
 from edgeres.recipe import Preprocess
 
 IMAGE_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
@@ -47,7 +44,10 @@ class ImageSet:
             i: hashlib.sha256(f"{seed}/{p}".encode("utf-8", "surrogateescape")).digest()
             for i, p in enumerate(self.paths)
         }
-        keep = sorted(sorted(rank, key=rank.__getitem__)[:limit])
+        return self.take(sorted(sorted(rank, key=rank.__getitem__)[:limit]))
+
+    def take(self, keep: Sequence[int]) -> ImageSet:
+        """The images at these places, in this order."""
         labels = tuple(self.labels[i] for i in keep) if self.labels is not None else None
         return replace(self, paths=tuple(self.paths[i] for i in keep), labels=labels)
 
@@ -55,6 +55,10 @@ class ImageSet:
         """SHA-256 of each file, in order."""
         with ThreadPoolExecutor() as pool:
             return tuple(pool.map(lambda p: sha256_file(self.root / p), self.paths))
+
+    def require(self, preprocess: Preprocess) -> None:
+        """Raise what keeps every image from being read under ``preprocess``: here, that no image library is there."""
+        need("PIL.Image", "images")
 
     def read(self, i: int, preprocess: Preprocess) -> np.ndarray:
         """Image ``i`` resized and cropped -> uint8 (crop, crop, 3) RGB. Raises what decoding raises."""
@@ -170,81 +174,3 @@ def _read_lines(path: Path) -> list[tuple[int, str]]:
         return [(number, line) for number, raw in enumerate(lines, 1) if (line := raw.strip())]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path} as a text file", evidence=str(error)) from error
-
-
-@dataclass(frozen=True)
-class Batch:
-    """``pixels`` float32 (N, 3, crop, crop), ``labels`` int64 (N,) or None, ``index`` the images' places in the set."""
-
-    pixels: np.ndarray
-    labels: np.ndarray | None
-    index: np.ndarray
-
-
-@dataclass
-class Loader:
-    """Iterate over ``images`` in order, decoded by threads a few batches ahead.
-
-    An unreadable image stops the iteration with `InputError` naming every bad one of its batch, or, with
-    ``skip_bad``, is left out and listed in ``skipped`` (path, reason). Memory is bounded by a few batches.
-    """
-
-    images: ImageSet
-    preprocess: Preprocess
-    batch: int = 32
-    skip_bad: bool = False
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-
-    AHEAD = 2  # batches decoded while one is used
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.images) / self.batch)
-
-    def __iter__(self) -> Iterator[Batch]:
-        need("PIL.Image", "images")
-        self.skipped.clear()
-        starts = iter(range(0, len(self.images), self.batch))
-        queue: deque[tuple[int, list[Future[np.ndarray | str]]]] = deque()
-        pool = ThreadPoolExecutor(os.cpu_count())
-        try:
-            while True:
-                while len(queue) <= self.AHEAD and (start := next(starts, None)) is not None:
-                    places = range(start, min(start + self.batch, len(self.images)))
-                    queue.append((start, [pool.submit(self._read, i) for i in places]))
-                if not queue:
-                    break
-                start, futures = queue.popleft()
-                if (batch := self._collect(start, [f.result() for f in futures])) is not None:
-                    yield batch
-        finally:
-            pool.shutdown(cancel_futures=True)
-        if len(self.skipped) == len(self.images):
-            raise InputError(f"none of the {len(self.images)} images is readable", evidence=_listing(self.skipped))
-
-    def _read(self, i: int) -> np.ndarray | str:
-        try:
-            return self.images.read(i, self.preprocess)
-        except Exception as error:  # a damaged file can raise anything from an image library
-            return str(error) or type(error).__name__
-
-    def _collect(self, start: int, results: list[np.ndarray | str]) -> Batch | None:
-        bad = [(self.images.paths[start + i], r) for i, r in enumerate(results) if isinstance(r, str)]
-        if bad and not self.skip_bad:
-            raise InputError(
-                f"{len(bad)} unreadable image{'s' if len(bad) > 1 else ''} in {self.images.root}",
-                evidence=_listing(bad),
-                hint="repair or remove them, or leave them out with --skip-bad",
-            )
-        self.skipped += bad
-        good = [i for i, r in enumerate(results) if not isinstance(r, str)]
-        if not good:
-            return None
-        index = np.asarray(good, np.int64) + start
-        pixels = normalize(np.stack([r for r in results if not isinstance(r, str)]), self.preprocess)
-        labels = self.images.labels
-        return Batch(pixels, None if labels is None else np.asarray([labels[i] for i in index], np.int64), index)
-
-
-def _listing(bad: list[tuple[str, str]], most: int = 10) -> str:
-    lines = [f"{path}: {reason}" for path, reason in bad[:most]]
-    return "\n".join([*lines, *([f"and {len(bad) - most} more"] if len(bad) > most else [])])

@@ -49,7 +49,10 @@ def metadata(model: Any) -> dict[str, Any]:
     """What edgeres wrote into ``model`` ({} for a foreign file)."""
     for entry in model.metadata_props:
         if entry.key == METADATA_KEY:
-            return dict(json.loads(entry.value))
+            try:
+                return dict(json.loads(entry.value))
+            except (TypeError, ValueError):  # somebody else's entry of that name
+                return {}
     return {}
 
 

@@ -11,23 +11,26 @@ from rich.text import Text
 
 from edgeres.errors import InputError, UsageError, need
 from edgeres.files import read_json, to_json
+from edgeres.recipe import ModelSection
 
 
-def network(variant: str, classes: int, input_size: int) -> tuple[dict[str, Any], RenderableType]:
-    """The stage table of ResNet-50 ``variant``."""
+def network(section: ModelSection, input_size: int) -> tuple[dict[str, Any], RenderableType]:
+    """The stage table of the network that ``section`` describes, with 1000 classes unless it says otherwise."""
     torch = need("torch", "torch")
-    from edgeres.model import MAC_RULE, describe, resnet50
+    from edgeres.model import MAC_RULE, describe, resnet
 
+    classes = section.classes or 1000
     with torch.device("meta"):  # counting needs shapes, not weights
-        rows = describe(resnet50(variant, classes), input_size)
+        rows = describe(resnet(section.depth, section.variant, classes), input_size)
     parameters, macs = sum(r.parameters for r in rows), sum(r.macs for r in rows)
-    title = f"ResNet-50 {variant}, {classes} classes, input 3 x {input_size} x {input_size}"
+    title = f"{section.network}, {classes} classes, input 3 x {input_size} x {input_size}"
     out = _table("stage", "layers", "output", "parameters", "multiply-adds", title=title, right=3)
     for r in rows:
         out.add_row(r.name, r.layers, " x ".join(map(str, r.output)), f"{r.parameters:,}", f"{r.macs:,}")
     out.add_row("total", "", "", f"{parameters / 1e6:.2f} M", f"{macs / 1e9:.2f} G", style="bold")
     value = {
-        "variant": variant,
+        "depth": section.depth,
+        "variant": section.variant,
         "classes": classes,
         "input_size": input_size,
         "parameters": parameters,
@@ -35,7 +38,7 @@ def network(variant: str, classes: int, input_size: int) -> tuple[dict[str, Any]
         "mac_rule": MAC_RULE,
         "stages": [vars(r) for r in rows],
     }
-    return value, Group(out, Text(f"Counted: {MAC_RULE}. The often quoted 3.8e9 is v1 at 224.", style="dim"))
+    return value, Group(out, Text(f"Counted: {MAC_RULE}. ResNet-50's often quoted 3.8e9 is v1 at 224.", style="dim"))
 
 
 def artifact(path: Path) -> tuple[dict[str, Any], RenderableType]:

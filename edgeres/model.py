@@ -1,4 +1,4 @@
-"""ResNet-50 once. v1 and v1.5 differ in one place: where stride 2 sits in a downsampling bottleneck.
+"""ResNet once. v1 and v1.5 differ in one place: where stride 2 sits in a downsampling bottleneck.
 
 Shapes: N images, C channels, H and W pixels. Parameter names are torchvision's, so its checkpoints load unchanged.
 
@@ -15,10 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeres.errors import UsageError
-from edgeres.recipe import STRIDE_ON
-
-RESNET50 = (3, 4, 6, 3)
-"""Bottlenecks per stage: 3 convolutions each, which with the stem and the classifier makes 50 layers."""
+from edgeres.recipe import STRIDE_ON, one_of
 
 MAC_RULE = (
     "multiply-adds of convolutions and the fully connected layer for one image (1 multiply-add = 2 FLOPs); "
@@ -44,12 +41,7 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(width, out, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out)
         self.relu3 = nn.ReLU(inplace=True)
-        self.downsample: nn.Module | None = None
-        if stride != 1 or channels != out:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(channels, out, 1, stride, bias=False),
-                nn.BatchNorm2d(out),
-            )
+        self.downsample = _projection(channels, out, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -59,8 +51,49 @@ class Bottleneck(nn.Module):
         return self.relu3(y + shortcut)
 
 
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions plus the shortcut. (N, C, H, W) -> (N, width, H/stride, W/stride).
+
+    There is no 1x1 convolution that could carry the stride: v1 and v1.5 are the same network.
+    """
+
+    expansion = 1
+
+    def __init__(self, channels: int, width: int, stride: int, stride_on: str) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.relu2 = nn.ReLU(inplace=True)
+        self.downsample = _projection(channels, width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        y = self.relu1(self.bn1(self.conv1(x)))  # (N, width, H/stride, W/stride)
+        return self.relu2(self.bn2(self.conv2(y)) + shortcut)
+
+
+def _projection(channels: int, out: int, stride: int) -> nn.Module | None:
+    """The shortcut's 1x1 convolution where a block changes the shape; None where it does not."""
+    if stride == 1 and channels == out:
+        return None
+    return nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+
+LAYOUT: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)),
+    101: (Bottleneck, (3, 4, 23, 3)),
+    152: (Bottleneck, (3, 8, 36, 3)),
+}
+"""Depth -> kind of block and blocks per stage (He et al., table 1). The depth counts convolutions and classifier."""
+
+
 class ResNet(nn.Module):
-    """Bottleneck ResNet: images (N, 3, H, W) -> logits (N, classes), for any H and W from 1 up.
+    """Images (N, 3, H, W) -> logits (N, classes), for any H and W from 1 up.
 
     The defaults are ResNet-50 v1.5. Fewer ``blocks`` and a smaller ``width`` give the small nets that tests use.
     """
@@ -69,8 +102,9 @@ class ResNet(nn.Module):
         self,
         classes: int = 1000,
         stride_on: str = "3x3",
-        blocks: tuple[int, ...] = RESNET50,
+        blocks: tuple[int, ...] = LAYOUT[50][1],
         width: int = 64,
+        block: type[BasicBlock] | type[Bottleneck] = Bottleneck,
     ) -> None:
         super().__init__()
         if stride_on not in STRIDE_ON.values():
@@ -84,8 +118,8 @@ class ResNet(nn.Module):
         for i, (name, count) in enumerate(zip(self.stages, blocks, strict=True)):
             stage = nn.Sequential()
             for j in range(count):
-                stage.append(Bottleneck(channels, width << i, 2 if i and not j else 1, stride_on))
-                channels = (width << i) * Bottleneck.expansion
+                stage.append(block(channels, width << i, 2 if i and not j else 1, stride_on))
+                channels = (width << i) * block.expansion
             self.add_module(name, stage)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, classes)
@@ -96,15 +130,21 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))  # (N, 64, H/4, W/4)
         for name in self.stages:
-            x = self.get_submodule(name)(x)  # (N, 256 2^i, H/4/2^i, W/4/2^i)
+            x = self.get_submodule(name)(x)  # (N, 64 expansion 2^i, H/4/2^i, W/4/2^i)
         return self.fc(torch.flatten(self.avgpool(x), 1))  # (N, classes)
 
 
+def resnet(depth: int = 50, variant: str = "v1.5", classes: int = 1000) -> ResNet:
+    """ResNet of ``depth`` 18, 34, 50, 101 or 152 with fresh random weights, ``variant`` "v1" or "v1.5"."""
+    one_of("depth", depth, tuple(LAYOUT))
+    one_of("variant", variant, tuple(STRIDE_ON))
+    block, blocks = LAYOUT[depth]
+    return ResNet(classes, STRIDE_ON[variant], blocks, block=block)
+
+
 def resnet50(variant: str = "v1.5", classes: int = 1000) -> ResNet:
-    """ResNet-50 with fresh random weights, ``variant`` "v1" or "v1.5"."""
-    if variant not in STRIDE_ON:
-        raise UsageError(f"unknown variant {variant!r}", hint=f"use one of: {', '.join(STRIDE_ON)}")
-    return ResNet(classes, STRIDE_ON[variant])
+    """`resnet` of depth 50."""
+    return resnet(50, variant, classes)
 
 
 @dataclass(frozen=True)
@@ -154,7 +194,8 @@ def describe(model: ResNet, input_size: int = 224) -> list[StageRow]:
             parameters += sum(p.numel() for p in model.bn1.parameters())
             layers = "7x7 convolution, stride 2"
         elif name in model.stages:
-            layers = f"{len(list(module))} bottlenecks"  # type: ignore[call-overload]
+            stage = list(module.children())
+            layers = f"{len(stage)} {'bottlenecks' if isinstance(stage[0], Bottleneck) else 'basic blocks'}"
         elif name == "maxpool":
             layers = "3x3 max pool, stride 2"
         elif name == "avgpool":

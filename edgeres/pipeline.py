@@ -8,33 +8,43 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edgeres import benchmark, build, graph, quantize, report, validate
 from edgeres.calibrate import RangeTable, calibrate
-from edgeres.data import ImageSet, Loader, Manifest, open_images
+from edgeres.data import ImageSet, Manifest, open_images
 from edgeres.errors import InputError, StaleError, UsageError, need
 from edgeres.files import atomic, sha256_file, to_json, write_json
+from edgeres.loader import Loader
 from edgeres.progress import say, track
-from edgeres.recipe import Preprocess, Recipe
+from edgeres.recipe import BASIC_DEPTHS, Preprocess, Recipe, one_of, with_defaults
 from edgeres.runners import Runner, open_runner
 from edgeres.targets import load_target, scheme_for
 
 BATCH = 32
 """Images decoded and run at a time."""
+SAMPLE = 64
+"""Calibration images that a model is checked on: `identity` needs that many."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe in a workspace, and what the command line adds: an FP32 ``model`` to use as it is, ``skip_bad``."""
+    """A recipe in a workspace, and what the command line adds.
+
+    ``model``: an FP32 file to use as it is. ``skip_bad``: leave out unreadable images. ``force``: use a checkpoint
+    that seems to be of the other variant.
+    """
 
     recipe: Recipe
     root: Path
     model: Path | None = None
     skip_bad: bool = False
+    force: bool = False
 
     @property
     def stem(self) -> str:
         """First part of every file name made."""
-        return self.recipe.name or (self.model.stem if self.model else f"resnet50-{self.recipe.model.variant}")
+        return self.recipe.name or (self.model.stem if self.model else self.recipe.model.network)
 
     @property
     def fp32(self) -> Path:
@@ -74,34 +84,113 @@ def run(job: Job, precisions: tuple[str, ...]) -> list[dict[str, Any]]:
 
 
 def export(job: Job, output: Path | None = None) -> Path:
-    """Weights -> FP32 ONNX, parity measured on random images and, where there is a calibration set, on real ones."""
+    """Weights -> FP32 ONNX; parity and variant are checked on real images where there is a calibration set."""
     from edgeres import weights  # here and below: PyTorch takes seconds to import, and only export needs it
     from edgeres.export import export_onnx
+    from edgeres.identity import identify
 
-    section, preprocess = job.recipe.model, job.recipe.preprocess
-    checkpoint = weights.load_checkpoint(weights.locate(section.weights, section.variant), Path(section.weights).name)
-    model = weights.load_model(checkpoint, section.variant, section.classes)
-    images = []
-    if (source := job.recipe.calibration.images) and not source.endswith(".json"):
-        loader = Loader(
-            open_images(source).subset(BATCH, job.recipe.seed), preprocess, section.batch or BATCH, job.skip_bad
-        )
-        images = [b.pixels for b in loader if section.batch in (None, len(b.pixels))]
+    section = job.recipe.model
+    record = weights.published(section.weights, section.depth, section.variant)
+    preprocess = with_defaults(job.recipe, record.preprocess) if record else job.recipe.preprocess
+    path = weights.locate(section.weights, section.depth, section.variant)
+    if path.suffix == ".onnx":  # published as ONNX only
+        return import_model(job, path, preprocess, output)
+    checkpoint = weights.load_checkpoint(path, Path(section.weights).name)
+    model = weights.load_model(checkpoint, section.variant, section.classes, section.depth)
+    pixels = sample_images(job, preprocess)
+    fit = None
+    if section.depth not in BASIC_DEPTHS:
+        if checkpoint.variant not in (None, section.variant):
+            message = f"config.json beside {path.name} says variant {checkpoint.variant}, not {section.variant}"
+            _refuse(job, message, f"give --variant {checkpoint.variant}")
+        if len(pixels):
+            fit = identify(checkpoint, pixels, section.depth)
+            say(f"variant: {fit}")
+            if fit.variant not in (None, section.variant):
+                message = f"{checkpoint.source} is of variant {fit.variant}, not {section.variant}"
+                _refuse(job, message, f"give --variant {fit.variant}", str(fit))
+        else:
+            say("variant not checked: that takes images; name some with --calibration")
     proto = export_onnx(
         model,
         preprocess,
-        {"variant": section.variant, "weights": {"source": checkpoint.source, "sha256": checkpoint.sha256}},
+        {
+            "depth": section.depth,
+            "variant": section.variant,
+            "variant_check": vars(fit) if fit else None,
+            "weights": {"source": checkpoint.source, "sha256": checkpoint.sha256},
+        },
         opset=section.opset,
         batch=section.batch,
-        images=images,
+        images=[_fill(pixels[:BATCH], section.batch)] if len(pixels) else [],
         seed=job.recipe.seed,
     )
+    return _save_model(job, proto, output)
+
+
+def import_model(job: Job, path: Path, preprocess: Preprocess, output: Path | None = None) -> Path:
+    """A foreign ONNX file -> FP32 ONNX in normal form, its output compared with the original's."""
+    from edgeres.foreign import import_onnx
+
+    section = job.recipe.model
+    pixels = sample_images(job, preprocess)[:BATCH]
+    images = [_fill(pixels, section.batch)] if len(pixels) else []
+    proto = import_onnx(path, preprocess, opset=section.opset, batch=section.batch, images=images, seed=job.recipe.seed)
+    return _save_model(job, proto, output)
+
+
+def _save_model(job: Job, proto: Any, output: Path | None) -> Path:
     path = output or job.fp32
     graph.save(proto, path)
-    parity = graph.metadata(proto)["parity"]
-    measured = [f"{p['db']:.0f} dB, max |difference| {p['max_abs']:.1e} on {k}" for k, p in parity.items() if p]
-    say(f"wrote {job.show(path)}: parity with PyTorch {'; '.join(measured)}")
+    parity = {k: p for k, p in graph.metadata(proto)["parity"].items() if p}
+    measured = [f"{'exact' if p['db'] is None else str(round(p['db'])) + ' dB'} on {k}" for k, p in parity.items()]
+    largest = max(p["max_abs"] for p in parity.values())
+    say(f"wrote {job.show(path)}: parity {', '.join(measured)}, largest difference {largest:.1e}")
     return path
+
+
+def preprocess_like(recipe: Recipe, like: str | None, default: bool = False) -> Preprocess:
+    """The preprocessing named by ``like`` (a preset, or an ONNX file made by edgeres), under what the recipe says.
+
+    Without ``like`` the recipe must say it, unless ``default`` lets torchvision's stand.
+    """
+    from edgeres.images import PRESETS
+
+    if like is None:
+        if default or "preprocess" in recipe.said:
+            return recipe.preprocess
+        raise UsageError(
+            "how images are prepared for this model is not known",
+            hint=f"give --like with one of {', '.join(PRESETS)} or an ONNX file made by edgeres, or write [preprocess]",
+        )
+    if like.endswith(".onnx"):
+        model = graph.load(Path(like))
+        if "preprocess" not in graph.metadata(model):
+            raise InputError(f"{like} does not say how its images are prepared", hint="give a file made by edgeres")
+        return with_defaults(recipe, _preprocess(model))
+    one_of("preprocessing", like, tuple(PRESETS))
+    return with_defaults(recipe, PRESETS[like])
+
+
+def sample_images(job: Job, preprocess: Preprocess) -> np.ndarray:
+    """A few calibration images (n, 3, crop, crop) to check a model on; none where no image set is named."""
+    source = job.recipe.calibration.images
+    if source is None or source.endswith(".json"):
+        return np.zeros((0, 3, preprocess.crop, preprocess.crop), np.float32)
+    images = open_images(source).subset(SAMPLE, job.recipe.seed)
+    return np.concatenate([b.pixels for b in Loader(images, preprocess, BATCH, job.skip_bad)])
+
+
+def _fill(pixels: np.ndarray, batch: int | None) -> np.ndarray:
+    """``pixels`` at a model's fixed batch size, if it has one: cut, or repeated until full."""
+    return pixels if batch is None else np.resize(pixels, (batch, *pixels.shape[1:]))
+
+
+def _refuse(job: Job, message: str, hint: str, evidence: str = "") -> None:
+    """Raise `InputError`, or with --force only say so."""
+    if not job.force:
+        raise InputError(message, evidence=evidence, hint=f"{hint}; --force goes on all the same")
+    say(f"forced: {message}")
 
 
 def ensure_model(job: Job) -> Path:
@@ -119,11 +208,10 @@ def _why_export(job: Job) -> str | None:
     if not job.fp32.is_file():
         return "missing"
     have, recipe = _recorded(job.fp32), job.recipe
-    said = recipe.said.get("model", {})
-    want = {k: v for k, v in vars(recipe.model).items() if k in said and k != "weights"}
-    if "preprocess" in recipe.said:
-        want["preprocess"] = json.loads(to_json(recipe.preprocess.to_json()))
-    changed = [k for k, v in want.items() if have.get(k) != v]
+    said, prepared = recipe.said.get("model", {}), recipe.said.get("preprocess", {})
+    changed = [k for k in said if k != "weights" and have.get(k) != getattr(recipe.model, k)]
+    record = json.loads(to_json(recipe.preprocess.to_json()))
+    changed += [f"preprocess.{k}" for k in prepared if have.get("preprocess", {}).get(k) != record[k]]
     if "weights" in said:
         source, recorded = Path(recipe.model.weights), have.get("weights", {})
         same = (
@@ -325,8 +413,7 @@ def _refuse_overlap(job: Job, validation: Manifest) -> None:
 
 
 def _preprocess(model: Any) -> Preprocess:
-    record = graph.metadata(model)["preprocess"]
-    return Preprocess(**{**record, "mean": tuple(record["mean"]), "std": tuple(record["std"])})
+    return Preprocess.from_json(graph.metadata(model)["preprocess"])
 
 
 def _recorded(path: Path) -> dict[str, Any]:

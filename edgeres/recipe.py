@@ -26,6 +26,9 @@ else:  # pragma: no cover
 WORKSPACE_FILE = "edgeres.toml"
 STRIDE_ON = {"v1": "1x1", "v1.5": "3x3"}
 """Variant -> the convolution that carries stride 2 in a downsampling bottleneck."""
+DEPTHS = (18, 34, 50, 101, 152)
+BASIC_DEPTHS = (18, 34)
+"""Built of blocks without 1x1 convolutions: v1 and v1.5 are the same network."""
 PRECISIONS = ("fp32", "fp16", "int8")
 METHODS = ("minmax", "entropy", "percentile", "mse")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box")
@@ -34,12 +37,13 @@ CHANNEL_ORDERS = ("RGB", "BGR")
 PATH = {"path": True}  # marks a field whose relative path starts at the workspace
 
 
-def one_of(what: str, value: str, choices: tuple[str, ...]) -> None:
+def one_of(what: str, value: str | int, choices: tuple[str | int, ...]) -> None:
     """Raise `UsageError` unless ``value`` is one of ``choices``."""
     if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, 1)
+        names = [str(choice) for choice in choices]
+        near = difflib.get_close_matches(str(value), names, 1)
         guess = f"did you mean {near[0]!r}? " if near else ""
-        raise UsageError(f"unknown {what} {value!r}", hint=f"{guess}choose from: {', '.join(choices)}")
+        raise UsageError(f"unknown {what} {value!r}", hint=f"{guess}choose from: {', '.join(names)}")
 
 
 def at_least(what: str, value: float | None, least: float) -> None:
@@ -89,14 +93,20 @@ class Preprocess:
         return digest(asdict(self))
 
     def to_json(self) -> dict[str, Any]:
-        """The record as plain JSON values; ``Preprocess(**record)`` reads it back."""
+        """The record as plain JSON values."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Preprocess:
+        """The inverse of `to_json`; `UsageError` for a record of another kind."""
+        return from_dict(cls, record, " in a recorded preprocess")
 
 
 @dataclass(frozen=True)
 class ModelSection:
     """``[model]``: which network and how it is exported. ``classes`` and ``batch`` None: as in the weights; dynamic."""
 
+    depth: int = 50
     variant: str = "v1.5"
     weights: str = field(default="imagenet", metadata=PATH)
     classes: int | None = None
@@ -104,6 +114,7 @@ class ModelSection:
     batch: int | None = None
 
     def __post_init__(self) -> None:
+        one_of("depth", self.depth, DEPTHS)
         one_of("variant", self.variant, tuple(STRIDE_ON))
         at_least("model.classes", self.classes, 1)
         at_least("model.batch", self.batch, 1)
@@ -112,6 +123,11 @@ class ModelSection:
                 f"opset {self.opset} is outside 13 to 22",
                 hint="17 loads everywhere from TensorRT 8.6 on; per-channel Q/DQ needs at least 13",
             )
+
+    @property
+    def network(self) -> str:
+        """The network's name: resnet50-v1.5; resnet18, which has no variants."""
+        return f"resnet{self.depth}" if self.depth in BASIC_DEPTHS else f"resnet{self.depth}-{self.variant}"
 
 
 @dataclass(frozen=True)
@@ -178,6 +194,15 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.name is not None and (not self.name or Path(self.name).name != self.name):
             raise UsageError(f"name {self.name!r} is no file name", hint="it becomes the stem of every file made")
+
+
+def with_defaults(recipe: Recipe, preprocess: Preprocess) -> Preprocess:
+    """``preprocess``, which comes with the weights, under what files and flags said of it."""
+    said = recipe.said.get("preprocess", {})
+    record = preprocess.to_json()
+    if "crop" in said:
+        del record["resize"]  # belongs to the other crop: back to the usual ratio
+    return from_dict(Preprocess, {**record, **said})
 
 
 T = TypeVar("T")

@@ -38,7 +38,7 @@ def result(
     return {
         "format": FORMAT,
         "name": name,
-        "model": f"resnet50 {engine['variant']}",
+        "model": " ".join(str(x) for x in (f"resnet{engine.get('depth') or 50}", engine["variant"]) if x),
         "target": engine["target"],
         "precision": engine["precision"],
         "images": n,

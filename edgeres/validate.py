@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgeres.data import Batch
 from edgeres.errors import BuildError, InputError
 from edgeres.fidelity import decibels, squares
+from edgeres.loader import Batch
 from edgeres.runners import Runner
 
 Z95 = 1.959963984540054

@@ -13,9 +13,9 @@ import edgeres
 from edgeres import graph
 from edgeres.build import RECORD, Engine, audit, build
 from edgeres.calibrate import calibrate
-from edgeres.data import Batch
 from edgeres.errors import InputError, StaleError
 from edgeres.files import sha256_file
+from edgeres.loader import Batch
 from edgeres.quantize import Scheme, fp16, int8
 from edgeres.targets import load_target
 

@@ -16,9 +16,9 @@ from onnx import numpy_helper
 
 from edgeres import graph
 from edgeres.calibrate import BINS, RangeTable, TensorRange, calibrate
-from edgeres.data import Batch
 from edgeres.errors import InputError, StaleError
 from edgeres.export import export_onnx
+from edgeres.loader import Batch
 from edgeres.recipe import Preprocess
 
 SUBNORMAL = 2.0**-149

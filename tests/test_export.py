@@ -282,7 +282,7 @@ def pooled(model: ResNet) -> None:
     model.avgpool = nn.AdaptiveAvgPool2d(2)
 
 
-def dilated(model: ResNet) -> None:
+def rounded_up(model: ResNet) -> None:
     model.maxpool = nn.MaxPool2d(3, 2, padding=1, ceil_mode=True)
 
 
@@ -295,7 +295,7 @@ def normed(model: ResNet) -> None:
     [
         (doubled, r"relu\.1 \(GELU\)"),
         (pooled, r"avgpool \(AdaptiveAvgPool2d\)"),
-        (dilated, r"maxpool \(MaxPool2d\)"),
+        (rounded_up, r"maxpool \(MaxPool2d\)"),
         (normed, r"relu \(BatchNorm2d\)"),
     ],
 )

@@ -10,10 +10,10 @@ from rich.console import Console, RenderableType
 from edgeres import graph
 from edgeres.build import Engine, build
 from edgeres.calibrate import RangeTable, calibrate
-from edgeres.data import Batch
 from edgeres.errors import InputError, StaleError, UsageError
 from edgeres.files import to_json
 from edgeres.inspect import artifact, network
+from edgeres.loader import Batch
 from edgeres.targets import load_target
 from edgeres.thresholds import METHODS
 

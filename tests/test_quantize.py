@@ -14,10 +14,10 @@ from onnx import TensorProto, helper, numpy_helper
 from edgeres import graph
 from edgeres.build import audit
 from edgeres.calibrate import RangeTable, TensorRange, calibrate
-from edgeres.data import Batch
 from edgeres.errors import InputError, StaleError
 from edgeres.export import export_onnx, trace
 from edgeres.fidelity import decibels, squares
+from edgeres.loader import Batch
 from edgeres.model import resnet50
 from edgeres.quantize import Scheme, fp16, int8, quantize_weight
 from edgeres.recipe import Preprocess

@@ -9,6 +9,7 @@ import pytest
 from edgeres.errors import EdgeresError, InputError, UsageError
 from edgeres.recipe import (
     Budget,
+    ModelSection,
     Preprocess,
     Recipe,
     find_workspace,
@@ -39,7 +40,7 @@ def test_later_layers_win_key_by_key(tmp_path: Path) -> None:
     recipe = write(tmp_path / "a.toml", 'seed = 2\n[model]\nopset = 19\n[engine]\nprecision = "fp16"\n')
     found = load_recipe(tmp_path, recipe, {"model": {"batch": 8}, "engine": {"precision": "fp32"}})
     assert found.seed == 2
-    assert dataclasses.astuple(found.model) == ("v1", "imagenet", None, 19, 8)
+    assert found.model == ModelSection(variant="v1", opset=19, batch=8)
     assert found.engine.precision == "fp32"
     assert found.budget.max_drop == 1.0
 
@@ -98,7 +99,7 @@ def test_a_bare_file_name_is_a_path(tmp_path: Path) -> None:
         ("sede = 1", "unknown key 'sede'", "did you mean 'seed'?"),
         ("[modle]\nopset = 17", "unknown key 'modle'", "did you mean 'model'?"),
         ('[model]\nvariante = "v1"', "unknown key 'variante'", "did you mean 'variant'?"),
-        ("[model]\nzzz = 1", "unknown key 'zzz'", "known keys: variant, weights, classes, opset, batch"),
+        ("[model]\nzzz = 1", "unknown key 'zzz'", "variant, weights, classes, opset, batch"),
         ("model = 3", "'model'", "write [model] above its keys"),
     ],
 )

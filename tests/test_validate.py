@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from edgeres.data import Batch
 from edgeres.errors import BuildError, InputError
+from edgeres.loader import Batch
 from edgeres.runners import Runner
 from edgeres.validate import Comparison, Verdict, compare, judge, top5
 

@@ -374,6 +374,13 @@ def test_a_damaged_download_is_refused_and_not_kept(tmp_path: Path, server: Serv
     assert locate("imagenet", "v1.5").read_bytes() == BODY  # and trying again helps
 
 
+def test_the_length_counts_beside_the_hash(tmp_path: Path, server: Server) -> None:
+    server.answer = "cut"
+    with pytest.raises(InputError, match="damaged"):
+        weights.download(server.url, tmp_path / "a.pth", "")
+    assert files_in(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     ("answer", "evidence"),
     [("absent", "404"), ("no HTTP", "220 mail"), ("hang up", "closed"), ("cut chunks", "IncompleteRead")],

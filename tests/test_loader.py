@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edgeres import data
+from edgeres.data import ImageSet, open_images
+from edgeres.errors import InputError
+from edgeres.images import decode, normalize
+from edgeres.loader import AHEAD, Loader
+from edgeres.recipe import Preprocess
+
+EXACT = Preprocess(crop=8, resize=8, interpolation="nearest")
+
+
+def picture(width: int, height: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def save(path: Path, pixels: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def folder_of(root: Path, *names: str) -> Path:
+    for i, name in enumerate(names):
+        save(root / name, picture(8, 8, i))
+    return root
+
+
+def numbered(n: int) -> ImageSet:
+    return ImageSet(Path("root"), tuple(f"c/{i:03}.png" for i in range(n)), tuple(range(n)))
+
+
+def test_loader_gives_order_labels_and_a_short_last_batch(train_images: ImageSet, preprocess: Preprocess) -> None:
+    loader = Loader(train_images, preprocess, batch=5)
+    batches = list(loader)
+    assert [len(b.pixels) for b in batches] == [5] * 6 + [2]
+    assert len(loader) == 7
+    assert np.concatenate([b.index for b in batches]).tolist() == list(range(32))
+    assert np.concatenate([b.labels for b in batches if b.labels is not None]).tolist() == list(
+        train_images.labels or ()
+    )
+    for batch in batches:
+        assert (batch.pixels.dtype, batch.pixels.shape[1:], batch.index.dtype) == (np.float32, (3, 32, 32), np.int64)
+        for pixels, i in zip(batch.pixels, batch.index, strict=True):
+            alone = normalize(decode(train_images.root / train_images.paths[i], preprocess)[None], preprocess)
+            np.testing.assert_array_equal(pixels, alone[0])
+
+
+def test_loader_can_be_iterated_again(train_images: ImageSet, preprocess: Preprocess) -> None:
+    loader = Loader(train_images.subset(6), preprocess, batch=4)
+    first, second = list(loader), list(loader)
+    assert len(first) == len(second) == 2
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a.pixels, b.pixels)
+
+
+def test_loader_without_labels_gives_none(tmp_path: Path) -> None:
+    (batch,) = Loader(open_images(folder_of(tmp_path / "set", "a.png", "b.png")), EXACT)
+    assert batch.labels is None
+
+
+BAD = {
+    "zero.png": b"",
+    "text.jpg": b"this is no image",
+    "header.png": b"\x89PNG\r\n\x1a\n",
+}
+
+
+def damaged(root: Path) -> Path:
+    """Ten good images and four bad ones, one of them a photograph that was cut short."""
+    folder_of(root, *(f"a/{i}.png" for i in range(10)))
+    for name, content in BAD.items():
+        (root / "a" / name).write_bytes(content)
+    save(root / "a" / "cut.jpg", picture(64, 64))
+    whole = (root / "a" / "cut.jpg").read_bytes()
+    (root / "a" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    return root
+
+
+def test_every_unreadable_image_of_a_batch_is_named(tmp_path: Path) -> None:
+    images = open_images(damaged(tmp_path / "set"))
+    with pytest.raises(InputError, match="4 unreadable images in") as error:
+        list(Loader(images, EXACT, batch=20))
+    for name in (*BAD, "cut.jpg"):
+        assert f"a/{name}: " in error.value.evidence
+    assert "--skip-bad" in error.value.hint
+
+
+def test_one_unreadable_image_is_one(tmp_path: Path) -> None:
+    root = folder_of(tmp_path / "set", "a/1.png", "a/2.png")
+    (root / "a" / "2.png").unlink()
+    images = ImageSet(root, ("a/1.png", "a/2.png"), None)
+    with pytest.raises(InputError, match="1 unreadable image in"):
+        list(Loader(images, EXACT))
+
+
+def test_skipped_images_are_listed_and_the_others_keep_their_index_and_label(tmp_path: Path) -> None:
+    folder_of(damaged(tmp_path / "set"), "b/last.png")
+    images = open_images(tmp_path / "set")
+    loader = Loader(images, EXACT, batch=4, skip_bad=True)
+    for _ in range(2):  # a second pass starts the list anew
+        batches = list(loader)
+        skipped = [path for path, reason in loader.skipped if reason]
+        assert skipped == ["a/cut.jpg", "a/header.png", "a/text.jpg", "a/zero.png"]
+    index = np.concatenate([b.index for b in batches])
+    assert [images.paths[i] for i in index] == [p for p in images.paths if p not in skipped]
+    assert np.concatenate([b.labels for b in batches if b.labels is not None]).tolist() == [0] * 10 + [1]
+    assert all(len(b.pixels) == len(b.index) > 0 for b in batches)
+
+
+def test_all_images_bad_is_an_error_even_when_skipping(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for i in range(12):
+        (tmp_path / "set" / f"{i:02}.png").write_bytes(b"x")
+    with pytest.raises(InputError, match="none of the 12 images is readable") as error:
+        list(Loader(open_images(tmp_path / "set"), EXACT, batch=5, skip_bad=True))
+    assert "00.png: " in error.value.evidence
+    assert error.value.evidence.endswith("and 2 more")
+
+
+def test_leaving_early_stops_the_decoding_and_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[Path] = []
+
+    def fake(path: Path, _preprocess: Preprocess) -> np.ndarray:
+        decoded.append(path)
+        return np.zeros((8, 8, 3), np.uint8)
+
+    monkeypatch.setattr(data, "decode", fake)
+    before = threading.active_count()
+    for batch in Loader(numbered(400), EXACT, batch=4):
+        assert batch.index.tolist() == [0, 1, 2, 3]
+        break
+    assert threading.active_count() == before
+    assert len(decoded) <= 4 * 3  # this batch and two ahead
+
+
+def test_only_a_few_batches_are_decoded_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[Path] = []
+
+    def fake(path: Path, _preprocess: Preprocess) -> np.ndarray:
+        decoded.append(path)
+        return np.zeros((8, 8, 3), np.uint8)
+
+    monkeypatch.setattr(data, "decode", fake)
+    for done, _ in enumerate(Loader(numbered(60), EXACT, batch=4), 1):
+        assert len(decoded) <= 4 * (done + 2)
+    assert len(decoded) == 60
