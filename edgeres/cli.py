@@ -165,7 +165,7 @@ def command(*names: str, parent: click.Group | None = None) -> Callable[[F], Any
 
 def job(recipe: Path | None = None, model: Path | None = None, skip_bad: bool = False, force: bool = False) -> Any:
     """Workspace, recipe and flags -> `pipeline.Job`."""
-    from edgeres.pipeline import Job
+    from edgeres.job import Job
 
     root = find_workspace(recipe.parent if recipe else Path.cwd())
     flags = click.get_current_context().meta.get("flags")
@@ -189,9 +189,9 @@ BUILD = ("precision", "target", "model", "calibration", "method", "calibration-l
 @command(*NETWORK, "classes", *EXPORT, "force", "output")
 def export(show: Any, output: Path | None, **options: Any) -> None:
     """PyTorch weights -> FP32 ONNX, parity and variant checked."""
-    from edgeres import pipeline
+    from edgeres import baseline
 
-    _show_model(show, pipeline.export(job(**options), output))
+    _show_model(show, baseline.export(job(**options), output))
 
 
 @command("like", *EXPORT, "output")
@@ -201,12 +201,12 @@ def import_(show: Any, path: Path, like: str | None, output: Path | None, skip_b
 
     No ONNX file says how images are prepared: name it with --like, or in the workspace under [preprocess].
     """
-    from edgeres import pipeline
+    from edgeres import baseline
 
     work = job(skip_bad=skip_bad)
-    preprocess = pipeline.preprocess_like(work.recipe, like)
+    preprocess = baseline.preprocess_like(work.recipe, like)
     output = output or work.root / "engines" / "out" / f"{path.stem}.onnx"
-    _show_model(show, pipeline.import_model(work, path, preprocess, output))
+    _show_model(show, baseline.import_model(work, path, preprocess, output))
 
 
 def _show_model(show: Any, path: Path) -> None:
@@ -223,12 +223,12 @@ def pack(show: Any, source: Path, like: str | None, model: Path | None, skip_bad
     A pack is read at memory speed and needs no image library. It holds images for one preprocessing: that of --like,
     of --model, or of the workspace.
     """
-    from edgeres import pipeline
+    from edgeres.baseline import preprocess_like
     from edgeres.data import open_images
     from edgeres.pack import write_pack
 
     recipe = job().recipe
-    preprocess = pipeline.preprocess_like(recipe, like or (str(model) if model else None), default=True)
+    preprocess = preprocess_like(recipe, like or (str(model) if model else None), default=True)
     images = open_images(source, recipe.validation.labels).subset(recipe.validation.limit, recipe.seed)
     path = output or Path(f"{source.name}.pack")
     packed = write_pack(images, preprocess, path, skip_bad=skip_bad)

@@ -15,6 +15,7 @@ from edgeres import pipeline
 from edgeres.data import open_images
 from edgeres.errors import need
 from edgeres.files import atomic, cache_folder, digest
+from edgeres.job import Job
 from edgeres.loader import Loader
 from edgeres.progress import bar, say
 from edgeres.recipe import WORKSPACE_FILE, load_recipe
@@ -58,7 +59,7 @@ def run(variant: str = "v1.5", seed: int = 0) -> list[dict[str, Any]]:
     weights = root / f"resnet50-{variant}-digits-{digest(settings)[:8]}.pth"
     with atomic(root / WORKSPACE_FILE) as temporary:
         temporary.write_text(WORKSPACE.format(variant=variant, weights=weights.name, size=SIZE), encoding="utf-8")
-    job = pipeline.Job(load_recipe(root), root)
+    job = Job(load_recipe(root), root)
     if not weights.is_file():
         say(f"train ResNet-50 {variant} on handwritten digits (once; kept in {root})")
         train(job, variant, seed, weights)
@@ -78,7 +79,7 @@ def write_digits(folder: Path) -> None:
                 temporary.write_bytes(b"P5 8 8 255\n" + np.round(pixels * 255 / 16).astype(np.uint8).tobytes())
 
 
-def train(job: pipeline.Job, variant: str, seed: int, path: Path) -> None:
+def train(job: Job, variant: str, seed: int, path: Path) -> None:
     """Train on the calibration split and save the state dict. About a minute on two cores."""
     torch, nn = need("torch", "torch"), need("torch.nn", "torch")
     from edgeres.model import resnet50

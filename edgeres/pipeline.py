@@ -2,223 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import os
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edgeres import benchmark, build, graph, quantize, report, validate
+from edgeres.baseline import ensure_model, preprocess_of, recorded
 from edgeres.calibrate import RangeTable, calibrate
 from edgeres.data import ImageSet, Manifest, open_images
 from edgeres.errors import InputError, StaleError, UsageError, need
-from edgeres.files import atomic, sha256_file, to_json, write_json
+from edgeres.files import atomic, sha256_file, write_json
+from edgeres.job import BATCH, Job
 from edgeres.loader import Loader
 from edgeres.progress import say, track
-from edgeres.recipe import BASIC_DEPTHS, Preprocess, Recipe, one_of, with_defaults
 from edgeres.runners import Runner, open_runner
 from edgeres.targets import load_target, scheme_for
-
-BATCH = 32
-"""Images decoded and run at a time."""
-SAMPLE = 64
-"""Calibration images that a model is checked on: `identity` needs that many."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A recipe in a workspace, and what the command line adds.
-
-    ``model``: an FP32 file to use as it is. ``skip_bad``: leave out unreadable images. ``force``: use a checkpoint
-    that seems to be of the other variant.
-    """
-
-    recipe: Recipe
-    root: Path
-    model: Path | None = None
-    skip_bad: bool = False
-    force: bool = False
-
-    @property
-    def stem(self) -> str:
-        """First part of every file name made."""
-        return self.recipe.name or (self.model.stem if self.model else self.recipe.model.network)
-
-    @property
-    def fp32(self) -> Path:
-        """The FP32 model in normal form, baseline of everything."""
-        return self.model or self.root / "engines" / "out" / f"{self.stem}.onnx"
-
-    @property
-    def table(self) -> Path:
-        """Where calibration keeps what it measured."""
-        return self.root / "calibration" / f"{self.stem}.json"
-
-    @property
-    def manifest(self) -> Path:
-        """Which images the table was measured on; beside the table, also if that was given."""
-        source = self.recipe.calibration.images or ""
-        return (Path(source) if source.endswith(".json") else self.table).with_suffix(".txt")
-
-    @property
-    def folder(self) -> Path:
-        """The engine's folder."""
-        engine = self.recipe.engine
-        return self.root / "engines" / "out" / f"{self.stem}-{engine.precision}-{engine.target}"
-
-    def at(self, precision: str) -> Job:
-        """The same job at another precision."""
-        return replace(self, recipe=replace(self.recipe, engine=replace(self.recipe.engine, precision=precision)))
-
-    def show(self, path: Path) -> str:
-        """``path`` as a user in the workspace would write it."""
-        return os.path.relpath(path, self.root) if path.is_relative_to(self.root) else str(path)
 
 
 def run(job: Job, precisions: tuple[str, ...]) -> list[dict[str, Any]]:
     """Weights to verdict, for each of ``precisions`` -> one result each."""
     engines = [ensure_engine(job.at(p)) for p in precisions]
     return validate_engines(job, engines)
-
-
-def export(job: Job, output: Path | None = None) -> Path:
-    """Weights -> FP32 ONNX; parity and variant are checked on real images where there is a calibration set."""
-    from edgeres import weights  # here and below: PyTorch takes seconds to import, and only export needs it
-    from edgeres.export import export_onnx
-    from edgeres.identity import identify
-
-    section = job.recipe.model
-    record = weights.published(section.weights, section.depth, section.variant)
-    preprocess = with_defaults(job.recipe, record.preprocess) if record else job.recipe.preprocess
-    path = weights.locate(section.weights, section.depth, section.variant)
-    if path.suffix == ".onnx":  # published as ONNX only
-        return import_model(job, path, preprocess, output)
-    checkpoint = weights.load_checkpoint(path, Path(section.weights).name)
-    model = weights.load_model(checkpoint, section.variant, section.classes, section.depth)
-    pixels = sample_images(job, preprocess)
-    fit = None
-    if section.depth not in BASIC_DEPTHS:
-        if checkpoint.variant not in (None, section.variant):
-            message = f"config.json beside {path.name} says variant {checkpoint.variant}, not {section.variant}"
-            _refuse(job, message, f"give --variant {checkpoint.variant}")
-        if len(pixels):
-            fit = identify(checkpoint, pixels, section.depth)
-            say(f"variant: {fit}")
-            if fit.variant not in (None, section.variant):
-                message = f"{checkpoint.source} is of variant {fit.variant}, not {section.variant}"
-                _refuse(job, message, f"give --variant {fit.variant}", str(fit))
-        else:
-            say("variant not checked: that takes images; name some with --calibration")
-    proto = export_onnx(
-        model,
-        preprocess,
-        {
-            "depth": section.depth,
-            "variant": section.variant,
-            "variant_check": vars(fit) if fit else None,
-            "weights": {"source": checkpoint.source, "sha256": checkpoint.sha256},
-        },
-        opset=section.opset,
-        batch=section.batch,
-        images=[_fill(pixels[:BATCH], section.batch)] if len(pixels) else [],
-        seed=job.recipe.seed,
-    )
-    return _save_model(job, proto, output)
-
-
-def import_model(job: Job, path: Path, preprocess: Preprocess, output: Path | None = None) -> Path:
-    """A foreign ONNX file -> FP32 ONNX in normal form, its output compared with the original's."""
-    from edgeres.foreign import import_onnx
-
-    section = job.recipe.model
-    pixels = sample_images(job, preprocess)[:BATCH]
-    images = [_fill(pixels, section.batch)] if len(pixels) else []
-    proto = import_onnx(path, preprocess, opset=section.opset, batch=section.batch, images=images, seed=job.recipe.seed)
-    return _save_model(job, proto, output)
-
-
-def _save_model(job: Job, proto: Any, output: Path | None) -> Path:
-    path = output or job.fp32
-    graph.save(proto, path)
-    parity = {k: p for k, p in graph.metadata(proto)["parity"].items() if p}
-    measured = [f"{'exact' if p['db'] is None else str(round(p['db'])) + ' dB'} on {k}" for k, p in parity.items()]
-    largest = max(p["max_abs"] for p in parity.values())
-    say(f"wrote {job.show(path)}: parity {', '.join(measured)}, largest difference {largest:.1e}")
-    return path
-
-
-def preprocess_like(recipe: Recipe, like: str | None, default: bool = False) -> Preprocess:
-    """The preprocessing named by ``like`` (a preset, or an ONNX file made by edgeres), under what the recipe says.
-
-    Without ``like`` the recipe must say it, unless ``default`` lets torchvision's stand.
-    """
-    from edgeres.images import PRESETS
-
-    if like is None:
-        if default or "preprocess" in recipe.said:
-            return recipe.preprocess
-        raise UsageError(
-            "how images are prepared for this model is not known",
-            hint=f"give --like with one of {', '.join(PRESETS)} or an ONNX file made by edgeres, or write [preprocess]",
-        )
-    if like.endswith(".onnx"):
-        model = graph.load(Path(like))
-        if "preprocess" not in graph.metadata(model):
-            raise InputError(f"{like} does not say how its images are prepared", hint="give a file made by edgeres")
-        return with_defaults(recipe, _preprocess(model))
-    one_of("preprocessing", like, tuple(PRESETS))
-    return with_defaults(recipe, PRESETS[like])
-
-
-def sample_images(job: Job, preprocess: Preprocess) -> np.ndarray:
-    """A few calibration images (n, 3, crop, crop) to check a model on; none where no image set is named."""
-    source = job.recipe.calibration.images
-    if source is None or source.endswith(".json"):
-        return np.zeros((0, 3, preprocess.crop, preprocess.crop), np.float32)
-    images = open_images(source).subset(SAMPLE, job.recipe.seed)
-    return np.concatenate([b.pixels for b in Loader(images, preprocess, BATCH, job.skip_bad)])
-
-
-def _fill(pixels: np.ndarray, batch: int | None) -> np.ndarray:
-    """``pixels`` at a model's fixed batch size, if it has one: cut, or repeated until full."""
-    return pixels if batch is None else np.resize(pixels, (batch, *pixels.shape[1:]))
-
-
-def _refuse(job: Job, message: str, hint: str, evidence: str = "") -> None:
-    """Raise `InputError`, or with --force only say so."""
-    if not job.force:
-        raise InputError(message, evidence=evidence, hint=f"{hint}; --force goes on all the same")
-    say(f"forced: {message}")
-
-
-def ensure_model(job: Job) -> Path:
-    """The FP32 model, exported if it is missing or was made from something else."""
-    if job.model is not None:
-        return job.model
-    if reason := _why_export(job):
-        say(f"export {job.show(job.fp32)} ({reason})")
-        return export(job)
-    return job.fp32
-
-
-def _why_export(job: Job) -> str | None:
-    """What speaks against the FP32 model that is there. Only what a file or a flag said counts, not defaults."""
-    if not job.fp32.is_file():
-        return "missing"
-    have, recipe = _recorded(job.fp32), job.recipe
-    said, prepared = recipe.said.get("model", {}), recipe.said.get("preprocess", {})
-    changed = [k for k in said if k != "weights" and have.get(k) != getattr(recipe.model, k)]
-    record = json.loads(to_json(recipe.preprocess.to_json()))
-    changed += [f"preprocess.{k}" for k in prepared if have.get("preprocess", {}).get(k) != record[k]]
-    if "weights" in said:
-        source, recorded = Path(recipe.model.weights), have.get("weights", {})
-        same = (
-            sha256_file(source) == recorded.get("sha256") if source.is_file() else source.name == recorded.get("source")
-        )
-        changed += [] if same else ["weights"]
-    return f"made with another {' and '.join(changed)}" if changed else None
 
 
 def calibration_images(job: Job) -> ImageSet:
@@ -243,7 +46,7 @@ def calibrate_model(job: Job, output: Path | None = None) -> Path:
 
 def make_table(job: Job, model: Any, images: ImageSet, manifest: Manifest, output: Path | None = None) -> Path:
     """Calibrate ``model`` on ``images`` -> range table, with the manifest of the images beside it."""
-    preprocess = _preprocess(model)
+    preprocess = preprocess_of(model)
     loader = Loader(images, preprocess, BATCH, job.skip_bad)
     made_from = {"model": graph.digest(model), "images": manifest.digest(), "preprocess": preprocess.digest()}
     table = calibrate(model, track(loader, "calibrate", len(loader)), made_from)
@@ -262,11 +65,11 @@ def ensure_table(job: Job, model: Any) -> tuple[Path, RangeTable]:
     source = job.recipe.calibration.images
     if source is not None and source.endswith(".json"):
         table = RangeTable.load(Path(source))
-        table.require({"model": graph.digest(model), "preprocess": _preprocess(model).digest()})
+        table.require({"model": graph.digest(model), "preprocess": preprocess_of(model).digest()})
         return Path(source), table
     images = calibration_images(job)
     manifest = Manifest.of(images)
-    made_from = {"model": graph.digest(model), "images": manifest.digest(), "preprocess": _preprocess(model).digest()}
+    made_from = {"model": graph.digest(model), "images": manifest.digest(), "preprocess": preprocess_of(model).digest()}
     reason = "missing"
     if job.table.is_file():
         try:
@@ -299,7 +102,7 @@ def quantize_model(job: Job, output: Path | None = None) -> Path:
             "table": sha256_file(table_path),
             "images": table.images,
         }
-    if path.is_file() and _recorded(path) == {**record, **made, "precision": engine.precision}:
+    if path.is_file() and recorded(path) == {**record, **made, "precision": engine.precision}:
         say(f"{job.show(path)} is up to date")
         return path
     if engine.precision == "int8":
@@ -350,7 +153,7 @@ def validate_engines(job: Job, engines: list[build.Engine]) -> list[dict[str, An
     fp32 = ensure_model(job)
     model = graph.load(fp32)
     record = graph.normal_form(model, fp32)
-    preprocess = _preprocess(model)
+    preprocess = preprocess_of(model)
     for engine in engines:
         if (
             engine.record["made_from"]["model"] != graph.digest(model)
@@ -410,18 +213,6 @@ def _refuse_overlap(job: Job, validation: Manifest) -> None:
             evidence=f"the first is {path}, listed in {job.show(job.manifest)}",
             hint="calibrate on images of the training split",
         )
-
-
-def _preprocess(model: Any) -> Preprocess:
-    return Preprocess.from_json(graph.metadata(model)["preprocess"])
-
-
-def _recorded(path: Path) -> dict[str, Any]:
-    """edgeres' metadata of an ONNX file; {} if it cannot be read, so that it is made again."""
-    try:
-        return graph.metadata(graph.load(path))
-    except InputError:
-        return {}
 
 
 def _report_skipped(loader: Loader) -> None:

@@ -8,13 +8,15 @@ import pytest
 from conftest import SHARED, shared
 
 from edgeres import pipeline
+from edgeres.build import Engine
+from edgeres.job import Job
 from edgeres.recipe import load_recipe
 
 TOP1 = {"v1.5": 86.25, "v1": 85.84}
 """FP32 on all 10,000 test images, measured independently of edgeres."""
 
 
-def job(root: Path, variant: str, limit: int | None) -> pipeline.Job:
+def job(root: Path, variant: str, limit: int | None) -> Job:
     cifar10 = SHARED / "cifar10"
     flags = {
         "model": {
@@ -26,7 +28,7 @@ def job(root: Path, variant: str, limit: int | None) -> pipeline.Job:
         "validation": {"images": str(cifar10 / "test"), "limit": limit},
         "budget": {"max_drop": 0.5},
     }
-    return pipeline.Job(
+    return Job(
         load_recipe(root, flags={k: {n: x for n, x in v.items() if x is not None} for k, v in flags.items()}), root
     )
 
@@ -37,7 +39,7 @@ def test_int8_of_a_trained_checkpoint_keeps_its_answers(tmp_path: Path) -> None:
     assert result["baseline"]["top1"] == pytest.approx(TOP1["v1.5"], abs=6)
     assert result["agreement"]["top1"] > 98
     assert result["sqnr_db"] > 30
-    fused = pipeline.build.Engine.load(tmp_path / "engines/out/resnet50-v1.5-int8-cpu").record["fusion"]["operators"]
+    fused = Engine.load(tmp_path / "engines/out/resnet50-v1.5-int8-cpu").record["fusion"]["operators"]
     assert (fused["QLinearConv"], fused["QLinearAdd"], fused.get("Conv", 0)) == (53, 16, 0)
 
 
