@@ -31,7 +31,7 @@ class Engine:
     @classmethod
     def load(cls, path: Path) -> Engine:
         """Open an engine folder (or a file in it), after checking that the engine is the one its record describes."""
-        folder = path if path.is_dir() else path.parent
+        folder = path.parent if path.is_file() else path
         if not (folder / RECORD).is_file():
             raise InputError(
                 f"no engine at {path}",

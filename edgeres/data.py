@@ -1,12 +1,15 @@
-"""Image sets: folders and list files, the images and labels in them, and records of which were used."""
+"""Image sets: the images and labels in them, and records of which were used. How they are opened is in `layouts`."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
+from typing import IO, TypeVar
 
 import numpy as np
 
@@ -15,7 +18,8 @@ from edgeres.files import digest, sha256_file
 from edgeres.images import decode
 from edgeres.recipe import Preprocess
 
-IMAGE_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
+T = TypeVar("T")
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,11 @@ class ImageSet:
         return replace(self, paths=tuple(self.paths[i] for i in keep), labels=labels)
 
     def hashes(self) -> tuple[str, ...]:
-        """SHA-256 of each file, in order."""
-        with ThreadPoolExecutor() as pool:
-            return tuple(pool.map(lambda p: sha256_file(self.root / p), self.paths))
+        """SHA-256 of each image's file, in order."""
+        return tuple(threaded(self._hash, range(len(self))))
+
+    def _hash(self, i: int) -> str:
+        return sha256_file(self.root / self.paths[i])
 
     def require(self, preprocess: Preprocess) -> None:
         """Raise what keeps every image from being read under ``preprocess``: here, that no image library is there."""
@@ -63,6 +69,18 @@ class ImageSet:
     def read(self, i: int, preprocess: Preprocess) -> np.ndarray:
         """Image ``i`` resized and cropped -> uint8 (crop, crop, 3) RGB. Raises what decoding raises."""
         return decode(self.root / self.paths[i], preprocess)
+
+    def open(self, i: int) -> IO[bytes]:
+        """The encoded bytes of image ``i``, to be closed by the caller."""
+        return open(self.root / self.paths[i], "rb")
+
+
+def threaded(function: Callable[[S], T], items: Iterable[S], ahead: int = 1024) -> Iterator[T]:
+    """``map`` over threads, in order; at most ``ahead`` results wait at a time."""
+    rest = iter(items)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while some := list(islice(rest, ahead)):
+            yield from pool.map(function, some)
 
 
 @dataclass(frozen=True)
@@ -89,88 +107,25 @@ class Manifest:
 
     @classmethod
     def from_text(cls, text: str) -> Manifest:
-        """The inverse of `to_text`."""
-        rows = [line.split("\t") for line in text.removesuffix("\n").split("\n")]
+        """The inverse of `to_text`. `InputError` names a line that is not one of its."""
+        rows = [line.split("\t") for line in text.removesuffix("\n").split("\n")] if text else []
+        for number, row in enumerate(rows, 1):
+            if len(row) != 3 or not (row[1] == "-" or row[1].isdecimal()):
+                raise InputError(
+                    f"line {number} of a manifest is not path, label and SHA-256",
+                    evidence=repr("\t".join(row))[:200],
+                    hint="it was edited or cut short; calibrate again to write it anew",
+                )
         labels = None if any(r[1] == "-" for r in rows) else tuple(int(r[1]) for r in rows)
         return cls(tuple(r[0] for r in rows), tuple(r[2] for r in rows), labels)
 
 
-def open_images(source: str | Path, labels: str | Path | None = None) -> ImageSet:
-    """Open a folder of class folders, a flat folder (no labels), or a list file of ``path label`` lines.
+def open_images(source: str | Path, labels: str | Path | None = None, classes: int | None = None) -> ImageSet:
+    """Open any of the layouts: see `edgeres.layouts.open_source`, which this calls.
 
-    Class folders get their index from alphabetical order, or from ``labels``, a file with one class name per line.
-    Paths in a list file start at the file's own folder.
+    ``labels`` is a file: class names, one per line in the model's order, or the ground truth of a flat folder.
+    ``classes`` is how many the model has, if known: ImageNet's numbering applies to 1000 (or to an unknown number).
     """
-    source = Path(source)
-    names = _read_names(Path(labels)) if labels is not None else None
-    if source.is_dir():
-        images = _open_folder(source, names)
-    elif source.is_file():
-        images = _open_list(source, names)
-    else:
-        raise InputError(f"no images at {source}", hint="give a folder with one folder per class, or a list file")
-    if not images.paths:
-        raise InputError(
-            f"no images in {source}",
-            evidence=f"looked for files ending in {', '.join(sorted(IMAGE_SUFFIXES))}",
-            hint="give a folder with one folder per class, or a list file with one `path label` per line",
-        )
-    return images
+    from edgeres.layouts import open_source  # which makes the sets above
 
-
-def _open_folder(root: Path, names: list[str] | None) -> ImageSet:
-    folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    found = {folder: _image_files(root / folder) for folder in folders}
-    classes = [folder for folder in folders if found[folder]]
-    if not classes:
-        return ImageSet(root, tuple(p.name for p in _image_files(root, deep=False)), None)
-    index = {name: i for i, name in enumerate(names or classes)}
-    if unknown := [c for c in classes if c not in index]:
-        raise InputError(f"class folder {unknown[0]!r} is not in the labels file", evidence=f"in {root}")
-    pairs = [(p.relative_to(root).as_posix(), index[c]) for c in classes for p in found[c]]
-    return ImageSet(root, tuple(p for p, _ in pairs), tuple(label for _, label in pairs), tuple(index))
-
-
-def _image_files(folder: Path, deep: bool = True) -> list[Path]:
-    files = folder.rglob("*") if deep else folder.iterdir()
-    return sorted(f for f in files if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
-
-
-def _open_list(path: Path, names: list[str] | None) -> ImageSet:
-    index = {name: i for i, name in enumerate(names or ())}
-    paths, labels = [], []
-    for number, line in _read_lines(path):
-        if line.startswith("#"):
-            continue
-        # with tabs a third column (a manifest's hash) may follow; with spaces the path may contain some
-        name, label = map(str.strip, line.split("\t")[:2] if "\t" in line else line.rpartition(" ")[::2])
-        if not name or not (label.isdecimal() or label in index):
-            raise InputError(
-                f"{path}, line {number}: expected `path label`",
-                evidence=repr(line),
-                hint=f"the label is a class index{' or a name from the labels file' if index else ''}",
-            )
-        paths.append(name)
-        labels.append(index[label] if label in index else int(label))
-    return ImageSet(path.parent, tuple(paths), tuple(labels), tuple(index))
-
-
-def _read_names(path: Path) -> list[str]:
-    """Class names by index, from a labels file."""
-    names = [line for _, line in _read_lines(path)]
-    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
-        raise InputError(
-            f"{path} names class {twice!r} twice",
-            evidence=f"as class {names.index(twice)} and again below",
-            hint="give each class a name of its own, such as its folder's",
-        )
-    return names
-
-
-def _read_lines(path: Path) -> list[tuple[int, str]]:
-    """Line number and text of each line that is not blank."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-        return [(number, line) for number, raw in enumerate(lines, 1) if (line := raw.strip())]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path} as a text file", evidence=str(error)) from error
+    return open_source(source, labels, classes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -52,9 +52,9 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         self.skipped.clear()
-        labels = self.images.labels
-        crop, fill = self.preprocess.crop, normalizer(self.preprocess)
-        pieces = read_ahead(self.images, self.preprocess, self.batch, _floats(crop), fill)
+        labels, crop = self.images.labels, self.preprocess.crop
+        empty = recycled((self.batch, 3, crop, crop), np.float32)
+        pieces = read_ahead(self.images, self.preprocess, self.batch, empty, normalizer(self.preprocess))
         with closing(pieces):
             for piece in pieces:
                 self.skipped += piece.accept(self.images, self.skip_bad)
@@ -87,7 +87,7 @@ def read_ahead(
     batch: int,
     empty: Callable[[int], np.ndarray],
     fill: Callable[[np.ndarray, np.ndarray], None],
-) -> Iterator[Piece]:
+) -> Generator[Piece, None, None]:
     """Read ``images`` in order on all cores, ``batch`` at a time -> one `Piece` each.
 
     ``empty(n)`` makes the array for n images, ``fill(row, pixels)`` puts one image, uint8 (crop, crop, 3), into its
@@ -146,8 +146,28 @@ def normalizer(preprocess: Preprocess) -> Callable[[np.ndarray, np.ndarray], Non
     return fill
 
 
-def _floats(crop: int) -> Callable[[int], np.ndarray]:
-    return lambda n: np.empty((n, 3, crop, crop), np.float32)
+def recycled(shape: tuple[int, ...], dtype: type) -> Callable[[int], np.ndarray]:
+    """A function that makes arrays of up to ``shape``, on memory whose former arrays are all gone where there is some.
+
+    The system clears each page it hands out. For a batch of floats that takes longer than filling it.
+    """
+    free: list[np.ndarray] = []
+
+    def empty(n: int) -> np.ndarray:
+        return np.asarray(_Memory(free.pop() if free else np.empty(shape, dtype), free))[:n]
+
+    return empty
+
+
+class _Memory:
+    """What arrays on ``block`` refer to, so that the last of them to go gives it back to ``free``."""
+
+    def __init__(self, block: np.ndarray, free: list[np.ndarray]) -> None:
+        self.block, self.free = block, free
+        self.__array_interface__ = block.__array_interface__
+
+    def __del__(self) -> None:
+        self.free.append(self.block)
 
 
 def cores() -> int:

@@ -24,15 +24,19 @@ def run(job: Job, precisions: tuple[str, ...]) -> list[dict[str, Any]]:
     return validate_engines(job, engines)
 
 
-def calibration_images(job: Job) -> ImageSet:
-    """The images that the recipe names for calibration."""
-    section = job.recipe.calibration
-    if section.images is None:
+def calibration_source(job: Job) -> str:
+    """What the recipe names for calibration: images, or a range table."""
+    if job.recipe.calibration.images is None:
         raise UsageError(
             "INT8 needs calibration images, and none are named",
             hint='give --calibration DIR, or write images = "DIR" under [calibration] in edgeres.toml',
         )
-    images = open_images(section.images).subset(section.limit, job.recipe.seed)
+    return job.recipe.calibration.images
+
+
+def calibration_images(job: Job) -> ImageSet:
+    """The images that the recipe names for calibration."""
+    images = open_images(calibration_source(job)).subset(job.recipe.calibration.limit, job.recipe.seed)
     if len(images) < 2:
         say("one calibration image tells nothing about ranges; a few hundred do")
     return images
@@ -62,8 +66,8 @@ def make_table(job: Job, model: Any, images: ImageSet, manifest: Manifest, outpu
 
 def ensure_table(job: Job, model: Any) -> tuple[Path, RangeTable]:
     """The range table: the one given, the one that is there, or a new one."""
-    source = job.recipe.calibration.images
-    if source is not None and source.endswith(".json"):
+    source = calibration_source(job)
+    if source.endswith(".json"):
         table = RangeTable.load(Path(source))
         table.require({"model": graph.digest(model), "preprocess": preprocess_of(model).digest()})
         return Path(source), table
@@ -87,6 +91,8 @@ def quantize_model(job: Job, output: Path | None = None) -> Path:
     """FP32 ONNX -> typed ONNX for the recipe's precision and target."""
     engine = job.recipe.engine
     target = load_target(engine.target, engine.precision)
+    if engine.precision == "int8":
+        calibration_source(job)  # before the minutes that an export may take
     fp32 = ensure_model(job)
     model = graph.load(fp32)
     record = graph.normal_form(model, fp32)

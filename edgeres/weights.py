@@ -16,7 +16,7 @@ from edgeres.errors import InputError, UsageError, need
 from edgeres.files import cache_folder, sha256_file
 from edgeres.model import LAYOUT, Bottleneck, ResNet, resnet
 from edgeres.progress import say
-from edgeres.recipe import Preprocess
+from edgeres.recipe import BASIC_DEPTHS, Preprocess
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,10 @@ def published(name: str, depth: int, variant: str) -> Published | None:
     if (name, depth) == ("imagenet", 50) and variant == "v1":
         return ZOO_V1
     record = PUBLISHED.get((name, depth))
-    if record is None or (variant != record.variant and depth not in (18, 34)):
+    if record is None or (variant != record.variant and depth not in BASIC_DEPTHS):
         has = ", ".join(str(d) for d in depths)
         raise UsageError(
-            f"there are no {name} weights for ResNet-{depth} {variant}",
+            f"there are no {name} weights for ResNet-{depth}{'' if depth in BASIC_DEPTHS else ' ' + variant}",
             hint=f"{name} has depth {has} as v1.5{', and 50 as v1' * (name == 'imagenet')}; "
             "or give your own checkpoint with --weights FILE",
         )

@@ -1,0 +1,322 @@
+"""Packs: a preprocessed image set in one memory-mapped file. Reading one needs no image library.
+
+byte 0     header, one page: `HEADER`, zeros, and in its last 32 bytes the SHA-256 of the bytes before them
+byte 4096  pixels, uint8 (count, crop, crop, 3), RGB
+after them metadata, JSON up to the end of the file: preprocess, paths, labels, classes, SHA-256 of each image
+           file, images left out, SHA-256 of the pixels
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from math import ceil
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from edgeres.data import ImageSet
+from edgeres.errors import EdgeresError, InputError
+from edgeres.files import digest, read_json, write_json
+from edgeres.loader import read_ahead, recycled, refuse_all_bad, refuse_bad
+from edgeres.progress import say, track
+from edgeres.recipe import Preprocess
+
+PAGE = 4096
+MAGIC = b"EDGEPACK"
+VERSION = 1
+HEADER = struct.Struct("<8sIIQQQ32s")
+"""Magic, version, crop, count; where the metadata begins, its length and SHA-256."""
+BATCH = 32
+"""Images written, and entered in the journal, at a time."""
+RELEASE = 64 << 20
+"""Bytes read until the pages read so far are handed back, so that a large pack does not fill this process."""
+
+
+class Mapped:
+    """The pixels of a pack, read-only (count, crop, crop, 3); bytes come from the file as they are touched."""
+
+    def __init__(self, file: IO[bytes], count: int, crop: int) -> None:
+        self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        size = count * crop * crop * 3
+        self._pixels = np.frombuffer(self._map, np.uint8, size, PAGE).reshape(count, crop, crop, 3)
+        self._touched = 0
+
+    def __getitem__(self, rows: int | slice) -> np.ndarray:
+        found: np.ndarray = self._pixels[rows]
+        self._touched += found.nbytes
+        if self._touched > RELEASE and hasattr(mmap, "MADV_DONTNEED"):
+            self._touched = 0
+            self._map.madvise(mmap.MADV_DONTNEED)  # an array still in use finds its bytes in the file again
+        return found
+
+    def digest(self) -> str:
+        """SHA-256 of all pixels."""
+        total = sha256()
+        for start in range(0, len(self._pixels), BATCH):
+            total.update(self[start : start + BATCH].data)
+        return total.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pack(ImageSet):
+    """The images of a pack, or some of them. ``root`` is the pack itself, ``paths`` are those of the image files.
+
+    ``sha256`` are the digests of those files and ``skipped`` the unreadable ones among them (path, reason), both as
+    they were when packed. ``made_from`` is the digest of everything that went in. ``rows`` are the places in the file.
+    """
+
+    preprocess: Preprocess
+    sha256: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]
+    made_from: str
+    pixels_sha256: str
+    rows: Sequence[int] = field(repr=False)
+    pixels: Mapped = field(repr=False, compare=False)
+
+    def take(self, keep: Sequence[int]) -> Pack:
+        taken = super().take(keep)
+        assert isinstance(taken, Pack)
+        return replace(taken, rows=[self.rows[i] for i in keep], sha256=tuple(self.sha256[i] for i in keep))
+
+    def hashes(self) -> tuple[str, ...]:
+        """SHA-256 of each image's original file, as it was when packed."""
+        return self.sha256
+
+    def open(self, i: int) -> IO[bytes]:
+        raise InputError(f"{self.root} holds pixels, not the bytes of {self.paths[i]}", hint="give the image folder")
+
+    def require(self, preprocess: Preprocess) -> None:
+        """Raise `InputError` unless the images were packed under ``preprocess``."""
+        if preprocess == self.preprocess:
+            return
+        ours, theirs = self.preprocess.to_json(), preprocess.to_json()
+        raise InputError(
+            f"{self.root} was packed under another preprocess than the one asked for",
+            evidence="\n".join(f"{k}: packed {ours[k]}, asked for {theirs[k]}" for k in ours if ours[k] != theirs[k]),
+            hint="pack the images again, for this model",
+        )
+
+    def read(self, i: int, preprocess: Preprocess) -> np.ndarray:
+        """Image ``i`` -> uint8 (crop, crop, 3) RGB, a view of the file."""
+        self.require(preprocess)
+        return self.pixels[self.rows[i]]
+
+    def verify(self) -> None:
+        """Read all pixels; `InputError` unless they are those that were packed."""
+        if (found := self.pixels.digest()) != self.pixels_sha256:
+            raise _refusal(self.root, "has damaged pixels", f"SHA-256 {found}, recorded is {self.pixels_sha256}")
+
+
+def open_pack(path: str | Path) -> Pack:
+    """Open the pack at ``path`` and check everything but the pixels, which `Pack.verify` checks."""
+    path = Path(path)
+    try:
+        with open(path, "rb") as f:
+            size, page = os.fstat(f.fileno()).st_size, f.read(PAGE)
+            crop, count, start, length, expected = _read_header(path, page, size)
+            f.seek(start)
+            text = f.read(length)
+            if sha256(text).digest() != expected:
+                raise _refusal(path, "has damaged metadata", "its SHA-256 is not the one in the header")
+            return _from_metadata(path, json.loads(text), Mapped(f, count, crop), (count, crop, crop, 3))
+    except OSError as error:
+        raise InputError(f"cannot read {path}", evidence=error.strerror or str(error)) from error
+
+
+def _read_header(path: Path, page: bytes, size: int) -> tuple[int, int, int, int, bytes]:
+    """The first page -> crop, count, where the metadata begins, its length and SHA-256."""
+    if not page.startswith(MAGIC):
+        unfinished = bool(page) and not page.strip(b"\0")
+        raise InputError(
+            f"{path} is not a pack",
+            evidence="packing it was interrupted" if unfinished else f"it starts with {page[:8]!r}",
+            hint="run the same edgeres pack again" if unfinished else "make one with: edgeres pack DIR -o FILE.pack",
+        )
+    if len(page) < PAGE:
+        raise _refusal(path, "was cut short", f"{size:,} bytes are not even its header")
+    _, version, crop, count, start, length, expected = HEADER.unpack_from(page)
+    if version != VERSION:
+        raise InputError(
+            f"{path} is a pack of version {version}, this edgeres reads {VERSION}",
+            hint="pack the images again, or use the edgeres that made it",
+        )
+    if sha256(page[:-32]).digest() != page[-32:] or count < 1 or start != PAGE + count * crop * crop * 3:
+        raise _refusal(path, "has a damaged header", "it does not match its own digest")
+    if size != start + length:
+        what = "was cut short" if size < start + length else "has bytes after its end"
+        raise _refusal(path, what, f"it has {size:,} bytes, its header says {start + length:,}")
+    return crop, count, start, length, expected
+
+
+def _from_metadata(path: Path, record: dict[str, Any], pixels: Mapped, shape: tuple[int, ...]) -> Pack:
+    try:
+        pack = Pack(
+            root=path,
+            paths=tuple(record["paths"]),
+            labels=None if record["labels"] is None else tuple(record["labels"]),
+            classes=tuple(record["classes"]),
+            preprocess=Preprocess.from_json(record["preprocess"]),
+            sha256=tuple(record["sha256"]),
+            skipped=tuple((path, reason) for path, reason in record["skipped"]),
+            made_from=record["made_from"],
+            pixels_sha256=record["pixels_sha256"],
+            rows=range(shape[0]),
+            pixels=pixels,
+        )
+    except (KeyError, TypeError, ValueError, EdgeresError) as error:
+        raise _refusal(path, "has unusable metadata", f"{type(error).__name__}: {error}") from error
+    lengths = {len(part) for part in (pack.paths, pack.sha256, pack.rows, pack.labels or pack.rows)}
+    if record["shape"] != list(shape) or len(lengths) > 1 or pack.preprocess.crop != shape[1]:
+        raise _refusal(path, "has unusable metadata", "its parts are not about the same images")
+    return pack
+
+
+def _refusal(path: Path, what: str, evidence: str) -> InputError:
+    return InputError(f"{path} {what}", evidence=evidence, hint="copy it again, or pack the images again")
+
+
+def write_pack(images: ImageSet, preprocess: Preprocess, path: str | Path, *, skip_bad: bool = False) -> Pack:
+    """Decode, resize and crop ``images`` into a pack at ``path``; the same input gives the same bytes.
+
+    What an interrupted call leaves in ``path``.part the next one continues, if images and preprocess are the same, and
+    otherwise begins anew. A whole pack of the same input is left as it is. Memory is bounded by a few batches.
+    """
+    path = Path(path)
+    images.require(preprocess)
+    record = {
+        "preprocess": preprocess.to_json(),
+        "paths": images.paths,
+        "labels": images.labels,
+        "classes": images.classes,
+        "sha256": images.hashes(),
+    }
+    made_from = digest([VERSION, record])
+    if (there := _finished(path, made_from)) is not None and (skip_bad or not there.skipped):
+        say(f"{path} is up to date")
+        return there
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = _Part(path, made_from, preprocess.crop)
+    part.resume()
+    part.append(images, preprocess, skip_bad)
+    part.finish(record)
+    return open_pack(path)
+
+
+def _finished(path: Path, made_from: str) -> Pack | None:
+    """The pack at ``path``, if it is whole and was made from the same."""
+    try:
+        pack = open_pack(path)
+    except InputError:
+        return None
+    return pack if pack.made_from == made_from else None
+
+
+class _Part:
+    """A pack that is being written: pixels after an empty page, and in a journal beside it what they are.
+
+    ``done`` images were looked at, ``bad`` are the places of those left out, each with the reason.
+    """
+
+    def __init__(self, path: Path, made_from: str, crop: int) -> None:
+        self.path, self.made_from, self.crop = path, made_from, crop
+        self.file = path.with_name(path.name + ".part")
+        self.journal = path.with_name(path.name + ".part.json")
+        self.done, self.bad, self.pixels = 0, list[tuple[int, str]](), sha256()
+
+    @property
+    def end(self) -> int:
+        """Where the next image goes."""
+        return PAGE + (self.done - len(self.bad)) * self.crop * self.crop * 3
+
+    def resume(self) -> None:
+        """Take up what an earlier call left, if it was made from the same and is what its journal says."""
+        if not (self.journal.is_file() and self.file.is_file()):
+            return
+        try:
+            left = read_json(self.journal, "a journal")
+            if left["made_from"] == self.made_from:
+                self.done, self.bad = int(left["done"]), [(int(i), str(reason)) for i, reason in left["bad"]]
+                self._hash_pixels()
+                why = "" if self.pixels.hexdigest() == left["pixels"] else "is damaged"
+            else:
+                why = "was made from other images or under another preprocess"
+        except (InputError, KeyError, TypeError, ValueError):
+            why = "is damaged"
+        if why:
+            say(f"{self.file.name} {why}: begin anew")
+            self.done, self.bad, self.pixels = 0, [], sha256()
+        else:
+            say(f"continue {self.file.name}: {self.done:,} images are done")
+
+    def _hash_pixels(self) -> None:
+        with open(self.file, "rb") as f:
+            f.seek(PAGE)
+            while piece := f.read(max(0, min(1 << 20, self.end - f.tell()))):
+                self.pixels.update(piece)
+
+    def append(self, images: ImageSet, preprocess: Preprocess, skip_bad: bool) -> None:
+        """Read what is missing of ``images``, and note in the journal after each batch how far it is."""
+        if not skip_bad:
+            refuse_bad(images, [(images.paths[i], reason) for i, reason in self.bad])
+        first = self.done
+        rest = images.take(range(first, len(images)))
+        empty = recycled((BATCH, self.crop, self.crop, 3), np.uint8)
+        with open(self.file, "r+b" if first else "wb") as f:
+            f.truncate(self.end)
+            f.seek(self.end)
+            with closing(read_ahead(rest, preprocess, BATCH, empty, np.copyto)) as pieces:
+                for piece in track(pieces, "pack", ceil(len(rest) / BATCH)):
+                    piece.accept(rest, skip_bad)
+                    # a reason must not depend on where the images lie
+                    self.bad += [(first + i, why.replace(f"{images.root}{os.sep}", "")) for i, why in piece.bad]
+                    self.done += len(piece.places)
+                    self.pixels.update(piece.rows.data)
+                    f.write(piece.rows.data)
+                    f.flush()
+                    self._note()
+        if len(self.bad) == len(images):
+            self._remove()
+            refuse_all_bad(images, [(images.paths[i], reason) for i, reason in self.bad])
+
+    def _note(self) -> None:
+        left = {"made_from": self.made_from, "done": self.done, "bad": self.bad, "pixels": self.pixels.hexdigest()}
+        write_json(self.journal, left)
+
+    def finish(self, record: dict[str, Any]) -> None:
+        """Write the metadata, then the header, and give the file its name. ``record`` still lists every image."""
+        without = {i for i, _ in self.bad}
+        good = [i for i in range(self.done) if i not in without]
+        kept = {k: record[k] and [record[k][i] for i in good] for k in ("paths", "labels", "sha256")}
+        record = {
+            **record,
+            **kept,
+            "shape": [len(good), self.crop, self.crop, 3],
+            "skipped": [(record["paths"][i], reason) for i, reason in self.bad],
+            "made_from": self.made_from,
+            "pixels_sha256": self.pixels.hexdigest(),
+        }
+        text = json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
+        page = HEADER.pack(MAGIC, VERSION, self.crop, len(good), self.end, len(text), sha256(text).digest())
+        page = page.ljust(PAGE - 32, b"\0")
+        with open(self.file, "r+b") as f:
+            f.seek(self.end)
+            f.write(text)
+            f.truncate()
+            f.seek(0)
+            f.write(page + sha256(page).digest())
+            f.flush()
+            os.fsync(f.fileno())  # the name must not be there before the bytes are
+        os.replace(self.file, self.path)
+        self._remove()
+
+    def _remove(self) -> None:
+        self.file.unlink(missing_ok=True)
+        self.journal.unlink(missing_ok=True)
