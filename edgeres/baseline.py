@@ -12,10 +12,11 @@ from edgeres import graph
 from edgeres.data import open_images
 from edgeres.errors import InputError, UsageError
 from edgeres.files import sha256_file, to_json
+from edgeres.images import PRESETS, preset
 from edgeres.job import BATCH, Job
 from edgeres.loader import Loader
 from edgeres.progress import say
-from edgeres.recipe import BASIC_DEPTHS, Preprocess, Recipe, one_of, with_defaults
+from edgeres.recipe import BASIC_DEPTHS, Preprocess, Recipe, with_defaults
 
 SAMPLE = 64
 """Calibration images that a model is checked on: `identity` needs that many."""
@@ -99,8 +100,6 @@ def preprocess_like(recipe: Recipe, like: str | None, default: bool = False) -> 
 
     Without ``like`` the recipe must say it, unless ``default`` lets torchvision's stand.
     """
-    from edgeres.images import PRESETS
-
     if like is None:
         if default or "preprocess" in recipe.said:
             return recipe.preprocess
@@ -113,8 +112,7 @@ def preprocess_like(recipe: Recipe, like: str | None, default: bool = False) -> 
         if "preprocess" not in graph.metadata(model):
             raise InputError(f"{like} does not say how its images are prepared", hint="give a file made by edgeres")
         return with_defaults(recipe, preprocess_of(model))
-    one_of("preprocessing", like, tuple(PRESETS))
-    return with_defaults(recipe, PRESETS[like])
+    return with_defaults(recipe, preset(like))
 
 
 def sample_images(job: Job, preprocess: Preprocess) -> np.ndarray:

@@ -80,9 +80,8 @@ def _looks(images: ImageSet) -> list[Look]:
 
 
 def _has_files(images: ImageSet) -> bool:
-    """Whether there are encoded images to open. A pack has its own way to read, of pixels that were decoded before."""
-    kind = type(images)
-    return kind.read is ImageSet.read or kind.open is not ImageSet.open
+    """Whether there are encoded images to open. A pack knows the hashes of files that it does not hold."""
+    return type(images).hashes is ImageSet.hashes
 
 
 def _look(images: ImageSet, i: int) -> Look:

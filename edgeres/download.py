@@ -22,10 +22,10 @@ def download(url: str, path: Path, sha256: str, mib: float | None = None) -> Non
     ``sha256`` may be the first digits only. ``mib`` is the published size in MiB, as precisely as it is given. What an
     interrupted download received stays in a file beside ``path`` and is continued by the next call.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     for attempt in range(1, ATTEMPTS + 1):
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             _fetch(url, part)
             break
         except (OSError, HTTPException) as error:  # URLError is an OSError

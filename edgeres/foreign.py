@@ -24,6 +24,7 @@ MIN_PARITY_DB = 80.0
 """FP32 rounding alone leaves well over 100 dB; a wrong graph falls far below this."""
 MIN_HALF_DB = 40.0
 """Against an FP16 file as it is: what its own rounding leaves."""
+FLOAT16 = 10  # onnx.TensorProto.FLOAT16
 OLDEST_OPSET = 7
 QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger")
 BACKGROUND = 1001
@@ -65,13 +66,14 @@ def import_onnx(
     parity = {"random": measure_parity(ours, theirs, [noise]), "images": measure_parity(ours, theirs, images)}
     for kind, p in parity.items():
         _require(kind, p, MIN_PARITY_DB)
-    if wide != model:  # as it is, it is rounded to FP16 at every step
+    if any(t.data_type == FLOAT16 for t in _tensors(model.graph)):  # as it is, it is rounded at every step
         half = _Session(model, source.tensor, logits.tensor, fixed, source.axes[-1] == "C")
         _require("random, against the FP16 file as it is", measure_parity(ours, half, [noise]), MIN_HALF_DB)
     graph.set_metadata(
         proto,
         {
             "variant": variant_of(proto),
+            "depth": depth_of(proto),
             "weights": {"source": path.name, "sha256": sha256_file(path)},
             "edgeres": edgeres.__version__,
             "precision": "fp32",
@@ -94,6 +96,7 @@ def load(path: Path) -> Any:
         model = onnx.load(path, load_external_data=False)
         _check_external(model, path)
         onnx.load_external_data_for_model(model, str(path.parent))
+        _give_shapes(model.graph)
         onnx.checker.check_model(model)
         model = inliner.inline_local_functions(model) if model.functions else model
     except InputError:
@@ -120,6 +123,15 @@ def load(path: Path) -> Any:
     oldest = need("onnx.helper", "onnx").find_min_ir_version_for(model.opset_import, ignore_unknown=True)
     model.ir_version = min(model.ir_version, max(oldest, 10))
     return model
+
+
+def _give_shapes(g: Any) -> None:
+    """Inputs of unknown rank are images, and outputs are not looked at; the checker insists on a shape for both."""
+    for info, rank in (*((i, 4) for i in g.input), *((o, 0) for o in g.output)):
+        if info.type.HasField("tensor_type") and not info.type.tensor_type.HasField("shape"):
+            info.type.tensor_type.shape.SetInParent()
+            for _ in range(rank):
+                info.type.tensor_type.shape.dim.add()
 
 
 def _check_external(model: Any, path: Path) -> None:
@@ -192,7 +204,7 @@ def _source(model: Any, path: Path, crop: int) -> tuple[Value, int | None]:
         names = ", ".join(i.name for i in inputs) or "none"
         raise InputError(f"{path} has {len(inputs)} inputs", evidence=names, hint="a classifier has one: the images")
     tensor, name = inputs[0].type.tensor_type, inputs[0].name
-    extents = [d.dim_value for d in tensor.shape.dim] if tensor.HasField("shape") else [0] * 4  # 0: open
+    extents = [d.dim_value for d in tensor.shape.dim]  # 0: open
     seen = f"input {name} {[d.dim_param or d.dim_value or '?' for d in tensor.shape.dim]}"
     if tensor.elem_type != 1:
         kind = need("onnx", "onnx").TensorProto.DataType.Name(tensor.elem_type).lower()
@@ -265,7 +277,11 @@ def _head(ops: list[Op], logits: Value) -> tuple[list[Op], Op]:
 
 
 class _Session:
-    """``output`` of a model, run on any number of (N, 3, H, W) images within its own batch size and layout."""
+    """``output`` of a model, run on any number of (N, 3, H, W) images within its own batch size and layout.
+
+    Node by node, as it is written: ONNX Runtime's optimizer is not always right (1.31 fuses a Pad of zeros into a max
+    pool, which pads with -inf).
+    """
 
     def __init__(self, model: Any, source: str, output: str, batch: int | None, nhwc: bool = False) -> None:
         ort = need("onnxruntime", "onnx")
@@ -275,6 +291,7 @@ class _Session:
         cut.graph.output.add(name=output)
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
             self._session = ort.InferenceSession(cut.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises many kinds

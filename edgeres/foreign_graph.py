@@ -43,7 +43,9 @@ class Reader:
         """Read all ``nodes``. Raises one `BuildError` that lists every node it cannot read."""
         for node in nodes:
             inputs = [n for n in node.input if n]
-            if self.unknown.intersection(inputs):
+            if self.unknown.intersection(inputs):  # of an operator that is supported nothing can be said
+                if not hasattr(self, f"_on_{node.op_type.lower()}") and node.op_type not in HEADS | {"Shape", "Size"}:
+                    self.unreadable.append(f"{node.op_type} {node.name or node.output[0]}: not supported")
                 self.unknown.update(node.output)
                 continue
             try:

@@ -17,7 +17,17 @@ LETTERS = "NCHW"
 Sizes = tuple[int, int, int, int]
 POINT = {"kernel_shape": [1, 1], "strides": [1, 1], "pads": [0, 0, 0, 0], "dilations": [1, 1]}
 """A 1x1 convolution."""
-TENSORFLOW = ("Conv2D", "BiasAdd", "MatMul", "FusedBatchNorm", "FusedBatchNormV3", "AddV2", "MaxPool", "Mean")
+TENSORFLOW = (
+    "Conv2D",
+    "BiasAdd",
+    "MatMul",
+    "FusedBatchNorm",
+    "FusedBatchNormV3",
+    "AddV2",
+    "MaxPool",
+    "MaxPool2d",
+    "Mean",
+)
 SAID_BY = {"Relu": ("relu", "act"), "MaxPool": ("pool",), "GlobalAveragePool": ("pool", "mean"), "Add": ("add",)}
 """Words in the name of a layer that make the operator's own unnecessary."""
 
@@ -127,20 +137,30 @@ def _fold_select(op: Op, live: list[Op]) -> bool:
 
 
 def _fold_pad(op: Op, live: list[Op]) -> bool:
-    """Into everything that reads it. A max pool pads with -inf, which a zero equals below what is never negative."""
+    """Into everything that reads it; else, of zeros, a convolution that changes nothing but has this padding."""
     value, readers = op.attributes["value"], _readers(op, live)
-    for reader in readers:
-        same = {"Conv": value == 0, "Pad": value == reader.attributes.get("value")}
-        same["MaxPool"] = value == -math.inf or (value == 0 and _never_negative(op.inputs[0]))
-        if not same.get(reader.kind):
+    if not all(_takes_pad(reader, op) for reader in readers):
+        if value != 0:
             raise BuildError(
-                f"cannot fold {op.name or 'a Pad'} with {value:g} into {reader.kind} {reader.name}",
-                hint="zeros around a convolution, or around a max pool behind a ReLU, can be folded",
+                f"cannot fold {op.name or 'a Pad'} with {value:g} into {readers[0].kind} {readers[0].name}"
             )
+        op.kind, op.attributes = "Conv", {**POINT, "pads": op.attributes["pads"], "group": op.sizes[1]}
+        op.weight, op.bias = np.ones((op.sizes[1], 1, 1, 1)), np.zeros(op.sizes[1])
+        return False
     for reader in readers:
         pads = [a + b for a, b in zip(op.attributes["pads"], reader.attributes["pads"], strict=True)]
         reader.attributes = {**reader.attributes, "pads": pads}
     return True
+
+
+def _takes_pad(reader: Op, pad: Op) -> bool:
+    """A max pool pads with -inf, which a zero equals where nothing is negative and every window holds a pixel."""
+    value = pad.attributes["value"]
+    if reader.kind == "MaxPool":
+        pads = np.add(pad.attributes["pads"], reader.attributes["pads"])
+        inside = (pads < np.tile(reader.attributes["kernel_shape"], 2)).all()
+        return bool(inside) and (value == -math.inf or (value == 0 and _never_negative(pad.inputs[0])))
+    return (reader.kind == "Conv" and value == 0) or (reader.kind == "Pad" and value == reader.attributes["value"])
 
 
 FOLDS = {"Affine": _fold_affine, "Select": _fold_select, "Pad": _fold_pad}

@@ -17,12 +17,10 @@ from typing import IO, Any
 import numpy as np
 
 from edgeres.errors import InputError, need
-from edgeres.recipe import INTERPOLATIONS, Preprocess, one_of
+from edgeres.recipe import Preprocess, one_of
 
 MAX_PIXELS = 178_956_970
 """An image with more, or that would have more once resized, is refused. Pillow's own limit for an error."""
-
-AREA = "area" if "area" in INTERPOLATIONS else "box"
 
 PRESETS: dict[str, Preprocess] = {
     # torchvision: ResNet50_Weights.IMAGENET1K_V1 and V2
@@ -32,7 +30,7 @@ PRESETS: dict[str, Preprocess] = {
     "timm": Preprocess(resize=235, interpolation="bicubic"),
     # MLPerf inference, pre_process_vgg: RGB, 87.5 %, cv2.INTER_AREA, means subtracted from 0..255, no division
     "mlperf": Preprocess(
-        interpolation=AREA, mean=(123.68 / 255, 116.78 / 255, 103.94 / 255), std=(1 / 255, 1 / 255, 1 / 255)
+        interpolation="area", mean=(123.68 / 255, 116.78 / 255, 103.94 / 255), std=(1 / 255, 1 / 255, 1 / 255)
     ),
 }
 """Preprocessing that published ResNet-50 weights expect, by name, for 224 x 224 inputs."""

@@ -214,8 +214,9 @@ def _with_truth(images: ImageSet, folder: Path, labels: Path | None, classes: in
             hint="the images are in no class folders, so each needs a line `name label`",
         )
     texts = [label for label in written if label is not None]
-    numbers, names = number_labels(texts, None, 1000 if validation else classes, lambda i: f"{labels}, {bases[i]}")
-    return replace(images, labels=numbers, classes=imagenet.ids() if validation else names)
+    known = list(imagenet.ids()) if validation else None
+    numbers, names = number_labels(texts, known, classes, lambda i: f"{labels}, {bases[i]}")
+    return replace(images, labels=numbers, classes=names)
 
 
 def _truth_beside(folder: Path) -> Path | None:
@@ -410,14 +411,14 @@ def number_labels(
     distinct = set(written)
     texts = sorted(label for label in distinct if label not in index and not label.isdecimal())
     if texts and names is None:
-        wordnet = [label for label in texts if imagenet.WORDNET_ID.fullmatch(label)]
-        if len(texts) < len(distinct) and len(wordnet) < len(texts):
+        mixed = len(texts) < len(distinct)
+        if mixed and not set(texts) <= set(imagenet.ids()):
             raise InputError(
                 "some labels are numbers, others are names",
                 evidence=f"{where(next(i for i, w in enumerate(written) if w == texts[0]))}: {texts[0]!r}",
                 hint="write all of them as indices, or give --labels FILE with one class name per line",
             )
-        found, index = number_names(texts, 1000 if len(texts) < len(distinct) else classes, "the labels")
+        found, index = number_names(texts, None if mixed else classes, "the labels")
     most = len(found) or classes or 1 << 31
     numbers = {}
     for label in distinct:

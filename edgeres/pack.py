@@ -36,7 +36,7 @@ HEADER = struct.Struct("<8sIIQQQ32s")
 """Magic, version, crop, count; where the metadata begins, its length and SHA-256."""
 BATCH = 32
 """Images written, and entered in the journal, at a time."""
-RELEASE = 64 << 20
+RELEASE = 16 << 20
 """Bytes read until the pages read so far are handed back, so that a large pack does not fill this process."""
 
 
@@ -126,7 +126,7 @@ def open_pack(path: str | Path) -> Pack:
             text = f.read(length)
             if sha256(text).digest() != expected:
                 raise _refusal(path, "has damaged metadata", "its SHA-256 is not the one in the header")
-            return _from_metadata(path, json.loads(text), Mapped(f, count, crop), (count, crop, crop, 3))
+            return _from_metadata(path, text, Mapped(f, count, crop), (count, crop, crop, 3))
     except OSError as error:
         raise InputError(f"cannot read {path}", evidence=error.strerror or str(error)) from error
 
@@ -156,8 +156,9 @@ def _read_header(path: Path, page: bytes, size: int) -> tuple[int, int, int, int
     return crop, count, start, length, expected
 
 
-def _from_metadata(path: Path, record: dict[str, Any], pixels: Mapped, shape: tuple[int, ...]) -> Pack:
+def _from_metadata(path: Path, text: bytes, pixels: Mapped, shape: tuple[int, ...]) -> Pack:
     try:
+        record = json.loads(text)
         pack = Pack(
             root=path,
             paths=tuple(record["paths"]),

@@ -169,7 +169,7 @@ def validate_engines(job: Job, engines: list[build.Engine]) -> list[dict[str, An
                 f"{job.show(engine.path)} was built from another model than {job.show(fp32)}",
                 hint="build it again, or name its FP32 model with --model",
             )
-    images = open_images(section.images, section.labels)
+    images = open_images(section.images, section.labels, record["classes"])
     if images.classes and len(images.classes) != record["classes"]:
         raise InputError(
             f"the model has {record['classes']} classes, {section.images} has {len(images.classes)}",

@@ -31,7 +31,7 @@ BASIC_DEPTHS = (18, 34)
 """Built of blocks without 1x1 convolutions: v1 and v1.5 are the same network."""
 PRECISIONS = ("fp32", "fp16", "int8")
 METHODS = ("minmax", "entropy", "percentile", "mse")
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "area")
 CHANNEL_ORDERS = ("RGB", "BGR")
 
 PATH = {"path": True}  # marks a field whose relative path starts at the workspace

@@ -140,7 +140,7 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
         with open(path, "rb") as f, tarfile.open(fileobj=cast(Any, _Bounded(f)), mode="r:") as tar:
             end = -1
             while (member := tar.next()) is not None:
-                tar.members.clear()  # or it would hold every header
+                tar.members.clear()  # type: ignore[attr-defined]  # or it would hold every header
                 if member.size < 0 or tar.offset <= end:
                     raise _refusal(path, "a header that points backward", repr(member.name))
                 end = tar.offset

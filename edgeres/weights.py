@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from dataclasses import dataclass
@@ -130,15 +131,20 @@ class Checkpoint:
 def load_checkpoint(path: Path, source: str | None = None) -> Checkpoint:
     """Read a .pt, .pth or .safetensors file, in the usual wrappings and namings; half precision becomes FP32."""
     load_safetensors = need("safetensors.torch", "torch").load_file if path.suffix == ".safetensors" else None
+    # torchvision's and timm's training scripts keep their arguments beside the weights
+    torch.serialization.add_safe_globals([argparse.Namespace])
     try:
         content = load_safetensors(path) if load_safetensors else torch.load(path, "cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise InputError(f"cannot read checkpoint {path}", evidence=error.strerror or str(error)) from error
     except Exception as error:  # unpickling and safetensors raise many kinds for a damaged file, OSError among them
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        expected = "expected a .pth or .pt file holding a state dict, or a .safetensors file"
         raise InputError(
             f"{path} is not a readable checkpoint",
-            evidence=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
-            hint="expected a .pth or .pt file holding a state dict, or a .safetensors file",
+            evidence=f"it asks for code to be run: {code[1]}" if code else reason,
+            hint="save the weights alone, with torch.save(model.state_dict(), path)" if code else expected,
         ) from error
     tensors = {
         k: t.float() if t.is_floating_point() else t for k, t in torchvision_names(unwrap(content, path)).items()
@@ -150,15 +156,23 @@ def load_checkpoint(path: Path, source: str | None = None) -> Checkpoint:
 
 WRAPPINGS = ("model_ema", "state_dict_ema", "ema", "ema_state_dict", "state_dict", "model_state_dict", "model", "net")
 """Keys under which training scripts keep the state dict, averaged weights first: they are what is deployed."""
+PREFIXES = ("module.", "_orig_mod.", "model.")
+"""What DataParallel, torch.compile and Lightning put before every name, in any order."""
 
 
 def unwrap(content: Any, path: Path) -> dict[str, Tensor]:
     """The state dict in what a file held, without the prefixes that wrappers add to every name."""
-    while isinstance(content, dict) and (inside := [k for k in WRAPPINGS if isinstance(content.get(k), dict)]):
+    while isinstance(content, dict) and (
+        inside := [k for k in WRAPPINGS if isinstance(content.get(k), dict) and content[k]]
+    ):
         if len(inside) > 1:
             say(f"{path.name} holds {', '.join(inside)}: using {inside[0]}")
         content = content[inside[0]]
-    if not isinstance(content, dict) or not content or not all(isinstance(t, Tensor) for t in content.values()):
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in content.items())
+    ):
         keys = f" with keys {list(content)[:5]}" if isinstance(content, dict) else ""
         raise InputError(
             f"{path} does not hold tensors by name",
@@ -166,9 +180,8 @@ def unwrap(content: Any, path: Path) -> dict[str, Tensor]:
             hint="save the model with torch.save(model.state_dict(), path)",
         )
     tensors = {k: t for k, t in content.items() if k != "n_averaged"}  # torch.optim.swa_utils counts there
-    for prefix in ("module.", "_orig_mod.", "model.", "module."):
-        if all(k.startswith(prefix) for k in tensors):
-            tensors = {k.removeprefix(prefix): t for k, t in tensors.items()}
+    while tensors and (prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in tensors)), "")):
+        tensors = {k.removeprefix(prefix): t for k, t in tensors.items()}
     return tensors
 
 

@@ -3,13 +3,14 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from edgeres.data import ImageSet, Manifest, open_images
+from edgeres.data import ImageSet, Manifest, open_images, threaded
 from edgeres.errors import InputError
 from edgeres.recipe import Preprocess
 
@@ -99,6 +100,15 @@ def test_a_manifest_is_a_list_file(tmp_path: Path, train_folder: Path, train_ima
     assert found.hashes() == train_images.hashes()
 
 
+@pytest.mark.parametrize(
+    "line", ["a.png", "a.png 0 " + "0" * 64, "a.png\tcat\t" + "0" * 64, "a.png\t-1\t" + "0" * 64, "", "a\tb\t0\t1"]
+)
+def test_a_manifest_that_was_edited_is_refused_by_line(line: str) -> None:
+    good = "b.png\t1\t" + "1" * 64
+    with pytest.raises(InputError, match="line 2 of a manifest is not path, label and SHA-256"):
+        Manifest.from_text(f"{good}\n{line}\n{good}\n")
+
+
 def test_manifest_digest_is_that_of_the_content_not_of_the_place(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "here", "a/1.png", "a/2.png", "b/3.png")
     shutil.copytree(root, tmp_path / "there" / "deep")
@@ -126,3 +136,25 @@ def test_manifest_digest_changes_with_content_label_and_order() -> None:
 def test_hashing_a_missing_image_names_it(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"absent\.png"):
         Manifest.of(ImageSet(tmp_path, ("absent.png",), None))
+
+
+# threads
+
+
+def test_threads_keep_the_order_and_hold_few_results() -> None:
+    taken: list[int] = []
+
+    def numbers() -> Iterator[int]:
+        for i in range(100):
+            taken.append(i)
+            yield i
+
+    found = threaded(lambda i: i * i, numbers(), ahead=10)
+    assert [next(found) for _ in range(5)] == [0, 1, 4, 9, 16]
+    assert len(taken) == 10
+    assert list(found) == [i * i for i in range(5, 100)]
+
+
+def test_what_a_thread_raises_arrives() -> None:
+    with pytest.raises(ZeroDivisionError):
+        list(threaded(lambda i: 1 // i, [2, 1, 0]))

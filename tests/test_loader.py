@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 import threading
 from pathlib import Path
 
@@ -7,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgeres import data
+from edgeres import data, loader
 from edgeres.data import ImageSet, open_images
-from edgeres.errors import InputError
+from edgeres.errors import InputError, MissingDependency
 from edgeres.images import decode, normalize
-from edgeres.loader import AHEAD, Loader
+from edgeres.loader import Loader, normalizer
 from edgeres.recipe import Preprocess
 
 EXACT = Preprocess(crop=8, resize=8, interpolation="nearest")
@@ -133,6 +134,7 @@ def test_leaving_early_stops_the_decoding_and_its_threads(monkeypatch: pytest.Mo
         return np.zeros((8, 8, 3), np.uint8)
 
     monkeypatch.setattr(data, "decode", fake)
+    monkeypatch.setattr(loader, "cores", lambda: 2)
     before = threading.active_count()
     for batch in Loader(numbered(400), EXACT, batch=4):
         assert batch.index.tolist() == [0, 1, 2, 3]
@@ -149,6 +151,48 @@ def test_only_a_few_batches_are_decoded_ahead(monkeypatch: pytest.MonkeyPatch) -
         return np.zeros((8, 8, 3), np.uint8)
 
     monkeypatch.setattr(data, "decode", fake)
+    monkeypatch.setattr(loader, "cores", lambda: 2)  # more cores, more batches
     for done, _ in enumerate(Loader(numbered(60), EXACT, batch=4), 1):
         assert len(decoded) <= 4 * (done + 2)
     assert len(decoded) == 60
+
+
+@pytest.mark.parametrize("order", ["RGB", "BGR"])
+def test_a_pixel_looked_up_is_the_pixel_normalized(order: str) -> None:
+    preprocess = Preprocess(crop=16, resize=16, mean=(0.4, 0.5, 0.6), std=(0.3, 1.0, 1 / 255), channel_order=order)
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    pixels = np.stack([ramp, ramp.T, 255 - ramp], axis=-1)
+    found = np.empty((3, 16, 16), np.float32)
+    normalizer(preprocess)(found, pixels)
+    np.testing.assert_array_equal(found, normalize(pixels[None], preprocess)[0])
+
+
+def test_a_batch_that_is_kept_is_not_written_to_again(train_images: ImageSet, preprocess: Preprocess) -> None:
+    alone = [b.pixels.copy() for b in Loader(train_images, preprocess, batch=3)]
+    part = [b.pixels[1:, :1].T for b in Loader(train_images, preprocess, batch=3)]  # views keep their memory too
+    for pixels, few in zip(alone, part, strict=True):
+        np.testing.assert_array_equal(pixels[1:, :1].T, few)
+
+
+def test_memory_of_a_batch_that_is_gone_is_used_again(train_images: ImageSet, preprocess: Preprocess) -> None:
+    places = {batch.pixels.__array_interface__["data"][0] for batch in Loader(train_images, preprocess, batch=1)}
+    assert len(places) < len(train_images)
+
+
+@pytest.mark.parametrize("cores", [1, 2, 5, 64])
+@pytest.mark.parametrize("batch", [1, 7, 32, 100])
+def test_batches_do_not_depend_on_the_number_of_cores(
+    train_images: ImageSet, monkeypatch: pytest.MonkeyPatch, cores: int, batch: int
+) -> None:
+    monkeypatch.setattr(loader, "cores", lambda: cores)
+    batches = list(Loader(train_images, EXACT, batch))
+    assert [len(b.pixels) for b in batches[:-1]] == [batch] * (len(batches) - 1)
+    assert np.concatenate([b.index for b in batches]).tolist() == list(range(len(train_images)))
+    expected = normalize(np.stack([train_images.read(i, EXACT) for i in range(len(train_images))]), EXACT)
+    np.testing.assert_array_equal(np.concatenate([b.pixels for b in batches]), expected)
+
+
+def test_a_missing_image_library_is_no_bad_image(train_images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(MissingDependency):
+        list(Loader(train_images, EXACT, skip_bad=True))
