@@ -55,6 +55,7 @@ def _fetch(url: str, part: Path) -> None:
     try:
         response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30)
     except HTTPError as error:
+        error.close()  # it is the answer too, with an open connection
         if error.code != 416:
             raise
         return  # nothing is missing: the hash decides whether what is there is right

@@ -19,11 +19,8 @@ from torch import fx, nn
 import edgeres
 from edgeres import graph
 from edgeres.errors import BuildError, need
-from edgeres.fidelity import decibels, squares
+from edgeres.fidelity import MIN_PARITY_DB, decibels, squares
 from edgeres.recipe import Preprocess
-
-MIN_PARITY_DB = 80.0
-"""FP32 rounding alone leaves well over 100 dB; a wrong graph falls far below this."""
 
 
 @dataclass(frozen=True)

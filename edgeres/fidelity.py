@@ -6,6 +6,9 @@ import math
 
 import numpy as np
 
+MIN_PARITY_DB = 80.0
+"""FP32 rounding alone leaves well over 100 dB; a wrong graph falls far below this."""
+
 
 def decibels(signal: float, noise: float) -> float:
     """10 log10(signal / noise) of two sums of squares; inf without noise."""

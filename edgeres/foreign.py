@@ -14,14 +14,13 @@ import numpy as np
 import edgeres
 from edgeres import graph
 from edgeres.errors import BuildError, InputError, need
-from edgeres.fidelity import decibels, squares
+from edgeres.fidelity import MIN_PARITY_DB, decibels, squares
 from edgeres.files import sha256_file
 from edgeres.foreign_graph import DYNAMIC_BATCH, FLOATS, Reader
 from edgeres.foreign_ops import LETTERS, Op, Value, fold, write
+from edgeres.progress import say
 from edgeres.recipe import Preprocess
 
-MIN_PARITY_DB = 80.0
-"""FP32 rounding alone leaves well over 100 dB; a wrong graph falls far below this."""
 MIN_HALF_DB = 40.0
 """Against an FP16 file as it is: what its own rounding leaves."""
 FLOAT16 = 10  # onnx.TensorProto.FLOAT16
@@ -268,6 +267,7 @@ def _head(ops: list[Op], logits: Value) -> tuple[list[Op], Op]:
     last, N, classes = logits.op, *logits.op.sizes[:2]
     tail: list[Op] = []
     if classes == BACKGROUND:
+        say(f"{BACKGROUND} classes: class 0 is taken for TensorFlow's background and left out")
         channels = {"channels": [*range(1, classes)], "strides": [1, 1]}
         tail.append(Op("Select", [last], (N, classes - 1, 1, 1), "background", last.flat, attributes=channels))
     if not last.flat:

@@ -38,7 +38,7 @@ def result(
     return {
         "format": FORMAT,
         "name": name,
-        "model": " ".join(str(x) for x in (f"resnet{engine.get('depth') or 50}", engine["variant"]) if x),
+        "model": f"resnet{engine['depth']} {engine['variant'] or ''}".strip() if engine.get("depth") else name,
         "target": engine["target"],
         "precision": engine["precision"],
         "images": n,

@@ -158,7 +158,7 @@ def test_only_a_few_batches_are_decoded_ahead(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("order", ["RGB", "BGR"])
-def test_a_pixel_looked_up_is_the_pixel_normalized(order: str) -> None:
+def test_normalizing_in_place_gives_the_same_bits(order: str) -> None:
     preprocess = Preprocess(crop=16, resize=16, mean=(0.4, 0.5, 0.6), std=(0.3, 1.0, 1 / 255), channel_order=order)
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
     pixels = np.stack([ramp, ramp.T, 255 - ramp], axis=-1)
