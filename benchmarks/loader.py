@@ -28,20 +28,21 @@ from edgeres.images import decode
 from edgeres.loader import Batch, Loader, cores
 from edgeres.pack import write_pack
 from edgeres.recipe import Preprocess
-from edgeres.runners import open_runner
+from edgeres.runners import Runner, open_runner
 
 PREPROCESS = Preprocess()
 GROWN = 8
 """Peak memory is measured on the set, and on the set this many times over."""
 
-Variant = Callable[[], object]
+Variant = tuple[int, Callable[[], object]]
+"""How many images it reads, and a function that does."""
 
 
 def main() -> None:
     """Parse, measure, print, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--images", type=Path, help="image folder; without it, 64 synthetic JPEGs of 500 x 375")
-    parser.add_argument("--repeat", type=int, default=1, help="read the set this many times over in each round")
+    parser.add_argument("--repeat", type=int, default=1, help="times that a round reads the set, without a runner")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--engine", type=Path, help="engine.onnx for 224 x 224; without it, INT8 of random weights")
@@ -57,45 +58,49 @@ def main() -> None:
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Everything -> one JSON object."""
     root = args.images or write_photos(folder / "images")
-    images = repeated(open_images(root), args.repeat)
-    write_pack(images, PREPROCESS, folder / "set.pack")
+    images = open_images(root)
+    large = repeated(images, GROWN)
+    sets = {len(images): (images, folder / "set.pack"), len(large): (large, folder / "large.pack")}
+    for source, packed in sets.values():
+        write_pack(source, PREPROCESS, packed)
     engine = args.engine or alone(make_engine, root, folder / "int8.onnx")
     with open_runner(engine, "onnxruntime") as runner:
-        runner.infer(np.zeros((args.batch, 3, PREPROCESS.crop, PREPROCESS.crop), np.float32))
-        seconds = in_turn(variants(images, folder / "set.pack", runner, args.batch), args.rounds)
-    rates = {name: [len(images) / s for s in values] for name, values in seconds.items()}
-    large = repeated(images, GROWN)
-    write_pack(large, PREPROCESS, folder / "large.pack")
-    sets = {len(images): (images, folder / "set.pack"), len(large): (large, folder / "large.pack")}
-    jobs = {
+        work = variants(images, folder / "set.pack", runner, args.batch, args.repeat)
+        wall, cpu = in_turn(work, args.rounds)
+    jobs: dict[str, Callable[[ImageSet, Path], tuple[Any, ...]]] = {
         "loader": lambda s, _: (load, s, args.batch),
         "pack": lambda _, p: (load, p, args.batch),
         "write pack": lambda s, _: (pack, s, folder / "again.pack"),
         "loader + INT8": lambda s, _: (load, s, args.batch, engine),
     }
-    memory = {name: {n: alone(peak, *job(*of)) for n, of in sets.items()} for name, job in jobs.items()}
     return {
         "images": len(images),
         "bytes_per_image": round(sum((images.root / p).stat().st_size for p in images.paths) / len(images)),
         "batch": args.batch,
         "rounds": args.rounds,
+        "repeat": args.repeat,
         "threads": cores(),
-        "images_per_s": {name: round(median(values), 1) for name, values in rates.items()},
-        "ratios": ratios(rates),
-        "peak_mb": memory,
+        "images_per_s": {name: round(median(rates), 1) for name, rates in wall.items()},
+        "ratios": {
+            "loader / decode only": ratio(wall, "loader", "decode only"),
+            "the same, in processor time": ratio(cpu, "loader", "decode only"),
+            "loader + INT8 / one after the other": ratio(wall, "loader + INT8", "decode only", "INT8 only"),
+            "pack + INT8 / INT8 only": ratio(wall, "pack + INT8", "INT8 only"),
+        },
+        "peak_mb": {name: {n: alone(peak, *job(*of)) for n, of in sets.items()} for name, job in jobs.items()},
         "machine": machine.describe(),
         "versions": machine.versions("numpy", "pillow", "onnxruntime"),
     }
 
 
-def variants(images: ImageSet, packed: Path, runner: Any, batch: int) -> dict[str, Variant]:
-    """What is measured, by name; each reads all ``images`` once."""
-    pack = open_images(packed)
+def variants(images: ImageSet, packed: Path, runner: Runner, batch: int, repeat: int) -> dict[str, Variant]:
+    """What is measured, by name. Without a runner the set is read ``repeat`` times over."""
+    pack, more = open_images(packed), repeated(images, repeat)
     ready = list(Loader(images.take(range(min(len(images), 2 * batch))), PREPROCESS, batch))
 
     def decode_only() -> None:
         with ThreadPoolExecutor(cores()) as pool:
-            for _ in pool.map(lambda path: decode(images.root / path, PREPROCESS), images.paths):
+            for _ in pool.map(lambda path: decode(images.root / path, PREPROCESS), more.paths):
                 pass
 
     def infer_only() -> None:
@@ -107,42 +112,39 @@ def variants(images: ImageSet, packed: Path, runner: Any, batch: int) -> dict[st
             for b in Loader(source, PREPROCESS, batch):
                 use(b)
 
-        return go
+        return len(source), go
 
     return {
-        "decode only": decode_only,
-        "loader": through(images, lambda _: None),
-        "pack": through(pack, lambda _: None),
-        "INT8 only": infer_only,
+        "decode only": (len(more), decode_only),
+        "loader": through(more, lambda _: None),
+        "pack": through(repeated(pack, repeat), lambda _: None),
+        "INT8 only": (len(images), infer_only),
         "loader + INT8": through(images, lambda b: runner.infer(b.pixels)),
         "pack + INT8": through(pack, lambda b: runner.infer(b.pixels)),
     }
 
 
-def in_turn(work: dict[str, Variant], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, once per round, after one round that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in work}
+Rates = dict[str, list[float]]
+
+
+def in_turn(work: dict[str, Variant], rounds: int) -> tuple[Rates, Rates]:
+    """Images per second and per second of processor time, for each round after one that is not counted."""
+    wall: Rates = {name: [] for name in work}
+    cpu: Rates = {name: [] for name in work}
     for i in range(rounds + 1):
-        for name, go in work.items():
-            start = time.perf_counter()
+        for name, (count, go) in work.items():
+            before = time.perf_counter(), time.process_time()
             go()
             if i:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+                wall[name].append(count / (time.perf_counter() - before[0]))
+                cpu[name].append(count / (time.process_time() - before[1]))
+    return wall, cpu
 
 
-def ratios(rates: dict[str, list[float]]) -> dict[str, float]:
-    """Medians over the rounds. Where two share the cores, against the rate at which each gets its part of the time."""
-
-    def against(name: str, *parts: str) -> float:
-        bounds = [1 / sum(1 / r for r in row) for row in zip(*(rates[p] for p in parts), strict=True)]
-        return round(median(rate / bound for rate, bound in zip(rates[name], bounds, strict=True)), 3)
-
-    return {
-        "loader / decode only": against("loader", "decode only"),
-        "loader + INT8 / both in turn": against("loader + INT8", "decode only", "INT8 only"),
-        "pack + INT8 / INT8 only": against("pack + INT8", "INT8 only"),
-    }
+def ratio(rates: Rates, name: str, *parts: str) -> float:
+    """Median over the rounds of ``name``'s rate to that of doing the ``parts`` one after the other."""
+    bounds = [1 / sum(1 / rate for rate in row) for row in zip(*(rates[part] for part in parts), strict=True)]
+    return round(float(median(rate / bound for rate, bound in zip(rates[name], bounds, strict=True))), 3)
 
 
 def repeated(images: ImageSet, times: int) -> ImageSet:
@@ -191,7 +193,7 @@ def write_photos(folder: Path, count: int = 64) -> Path:
             np.asarray(Image.fromarray(rng.integers(0, 256, (n, n, 3), np.uint8)).resize(size), np.float32)
             for n in (5, 40, 160)
         ]
-        pixels = np.tensordot(np.float32([0.6, 0.25, 0.15]), np.stack(parts), 1)
+        pixels = np.tensordot(np.asarray([0.6, 0.25, 0.15], np.float32), np.stack(parts), 1)
         (folder / str(i % 4)).mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.astype(np.uint8)).save(folder / str(i % 4) / f"{i}.jpg", quality=90)
     return folder
@@ -217,20 +219,20 @@ def make_engine(root: Path, path: Path) -> Path:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print two small tables."""
+    """Print three small tables."""
     print(
         f"{result['images']} images, batch {result['batch']}, {result['machine']['cpu']}, {result['threads']} threads"
     )
-    print(f"\n{'':30}{'images/s':>10}")
+    print(f"\n{'images per second':36}")
     for name, rate in result["images_per_s"].items():
-        print(f"{name:30}{rate:>10.1f}")
-    print(f"\n{'':30}{'ratio':>10}")
-    for name, ratio in result["ratios"].items():
-        print(f"{name:30}{ratio:>10.3f}")
+        print(f"{name:36}{rate:>10.1f}")
+    print("\nratio, median of rounds")
+    for name, value in result["ratios"].items():
+        print(f"{name:36}{value:>10.3f}")
     sizes = list(next(iter(result["peak_mb"].values())))
-    print(f"\n{'peak MB, reading':30}" + "".join(f"{f'{n:,} images':>15}" for n in sizes))
+    print(f"\n{'peak memory, MB':31}" + "".join(f"{f'{n:,} images':>15}" for n in sizes))
     for name, values in result["peak_mb"].items():
-        print(f"{name:30}" + "".join(f"{values[n]:>15.1f}" for n in sizes))
+        print(f"{name:31}" + "".join(f"{values[n]:>15.1f}" for n in sizes))
 
 
 if __name__ == "__main__":

@@ -133,7 +133,8 @@ def normalizer(preprocess: Preprocess) -> Callable[[np.ndarray, np.ndarray], Non
 
     It takes the same steps in place, plane by plane, which stay in the processor's cache: a fifth of the time.
     """
-    channels = list(zip(range(3), np.float32(preprocess.mean), np.float32(preprocess.std), strict=True))
+    mean_of, std_of = (np.asarray(values, np.float32) for values in (preprocess.mean, preprocess.std))
+    channels = list(zip(range(3), mean_of, std_of, strict=True))
     if preprocess.channel_order == "BGR":
         channels.reverse()
 

@@ -14,6 +14,7 @@ from edgeres.errors import InputError, StaleError, UsageError
 from edgeres.files import to_json
 from edgeres.inspect import artifact, network
 from edgeres.loader import Batch
+from edgeres.recipe import ModelSection
 from edgeres.targets import load_target
 from edgeres.thresholds import METHODS
 
@@ -60,23 +61,54 @@ def multiply_adds(variant: str, classes: int, size: int) -> int:
 @pytest.mark.parametrize("variant", ["v1", "v1.5"])
 @pytest.mark.parametrize(("classes", "size"), [(1000, 224), (10, 32), (37, 225)])
 def test_the_totals_are_those_of_the_paper(variant: str, classes: int, size: int) -> None:
-    value, shown = network(variant, classes, size)
+    value, shown = network(ModelSection(variant=variant, classes=classes), size)
     assert value["macs"] == multiply_adds(variant, classes, size) == sum(row["macs"] for row in value["stages"])
     assert value["parameters"] == 25_557_032 - 2049 * (1000 - classes)
     assert value["parameters"] == sum(row["parameters"] for row in value["stages"])
-    assert (value["variant"], value["classes"], value["input_size"]) == (variant, classes, size)
+    assert (value["depth"], value["variant"]) == (50, variant)
+    assert (value["classes"], value["input_size"]) == (classes, size)
     to_json(value)
     assert f"{value['macs'] / 1e9:.2f} G" in text(shown)
     assert f"{value['parameters'] / 1e6:.2f} M" in text(shown)
 
 
 def test_v1_and_v1_5_differ_by_what_is_often_quoted() -> None:
-    assert network("v1", 1000, 224)[0]["macs"] == pytest.approx(3.86e9, rel=0.002)
-    assert network("v1.5", 1000, 224)[0]["macs"] == pytest.approx(4.09e9, rel=0.002)
+    assert network(ModelSection(variant="v1"), 224)[0]["macs"] == pytest.approx(3.86e9, rel=0.002)
+    assert network(ModelSection(variant="v1.5"), 224)[0]["macs"] == pytest.approx(4.09e9, rel=0.002)
+
+
+# parameters and multiply-adds that torchvision's model pages give
+@pytest.mark.parametrize(
+    ("depth", "name", "parameters", "macs", "layers"),
+    [
+        (18, "resnet18", "11.69 M", "1.81 G", "2 basic blocks"),
+        (34, "resnet34", "21.80 M", "3.66 G", "6 basic blocks"),
+        (50, "resnet50-v1.5", "25.56 M", "4.09 G", "6 bottlenecks"),
+        (101, "resnet101-v1.5", "44.55 M", "7.80 G", "23 bottlenecks"),
+        (152, "resnet152-v1.5", "60.19 M", "11.51 G", "36 bottlenecks"),
+    ],
+)
+def test_every_depth_has_its_table(depth: int, name: str, parameters: str, macs: str, layers: str) -> None:
+    value, shown = network(ModelSection(depth=depth), 224)
+    lines = text(shown).splitlines()
+    assert lines[0].strip() == f"{name}, 1000 classes, input 3 x 224 x 224"
+    (total,) = (line for line in lines if line.startswith("total"))
+    assert parameters in total
+    assert macs in total
+    (row,) = (line for line in lines if line.startswith("layer3"))
+    assert f" {layers} " in row
+    assert (value["depth"], value["classes"]) == (depth, 1000)
+    to_json(value)
+
+
+@pytest.mark.parametrize("depth", [18, 34])
+def test_networks_without_variants_count_the_same_as_either(depth: int) -> None:
+    v1, v15 = (network(ModelSection(depth=depth, variant=v), 97)[0] for v in ("v1", "v1.5"))
+    assert v1["stages"] == v15["stages"]
 
 
 def test_the_stage_table_fits_80_columns() -> None:
-    shown = text(network("v1.5", 1000, 224)[1], width=80)
+    shown = text(network(ModelSection(), 224)[1], width=80)
     for part in ("conv1", "layer1", "layer4", "fc", "total", "2048 x 7 x 7", "14,964,736", "4.09 G"):
         assert part in shown
     assert "…" not in shown

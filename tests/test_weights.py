@@ -1,26 +1,27 @@
 from __future__ import annotations
 
+import argparse
 import hashlib
+import io
+import json
 import os
-import socket
 import sys
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_resnet
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
-from edgeres import weights
-from edgeres.errors import EdgeresError, InputError, MissingDependency, UsageError
-from edgeres.model import ResNet, resnet50
-from edgeres.weights import Checkpoint, load_checkpoint, load_model, locate
+from edgeres import progress, weights
+from edgeres.errors import InputError, MissingDependency, UsageError
+from edgeres.model import LAYOUT, ResNet, resnet, resnet50
+from edgeres.recipe import Preprocess
+from edgeres.weights import Checkpoint, load_checkpoint, load_model, locate, published, torchvision_names
 
 Tensors = dict[str, Tensor]
 
@@ -35,10 +36,10 @@ def full_size(classes: int = 5, variant: str = "v1.5") -> Tensors:
     return resnet50(variant, classes).state_dict()
 
 
-def outline(classes: int = 5) -> Tensors:
-    """Names and shapes of ResNet-50 without the memory: each tensor is one zero, seen many times."""
+def outline(classes: int = 5, depth: int = 50) -> Tensors:
+    """Names and shapes of a ResNet without the memory: each tensor is one zero, seen many times."""
     with torch.device("meta"):
-        shapes = {k: t.shape for k, t in resnet50("v1.5", classes).state_dict().items()}
+        shapes = {k: t.shape for k, t in resnet(depth, "v1.5", classes).state_dict().items()}
     return {
         k: torch.zeros((), dtype=torch.int64 if k.endswith("tracked") else None).expand(s) for k, s in shapes.items()
     }
@@ -46,6 +47,14 @@ def outline(classes: int = 5) -> Tensors:
 
 def checkpoint(tensors: Tensors) -> Checkpoint:
     return Checkpoint("mine.pth", "0" * 64, tensors)
+
+
+def same(found: Tensors, expected: Tensors) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[k], t) for k, t in expected.items())
+
+
+def noise(n: int = 2, size: int = 40) -> Tensor:
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(3))
 
 
 # files
@@ -63,14 +72,12 @@ def test_tensors_and_hash_come_back_from_a_file(tmp_path: Path, suffix: str) -> 
     assert load_checkpoint(path, "imagenet").source == "imagenet"
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_a_full_size_checkpoint_gives_its_logits_back(tmp_path: Path, suffix: str) -> None:
+def test_a_full_size_checkpoint_gives_its_logits_back(tmp_path: Path) -> None:
     torch.manual_seed(2)
     model = resnet50("v1", 3).eval()
-    found = load_model(load_checkpoint(save(model.state_dict(), tmp_path / f"a{suffix}")), "v1")
-    x = torch.randn(1, 3, 40, 40, generator=torch.Generator().manual_seed(3))
+    found = load_model(load_checkpoint(save(model.state_dict(), tmp_path / "a.pth")), "v1")
     with torch.no_grad():
-        assert torch.equal(found(x), model(x))
+        assert torch.equal(found(noise()), model(noise()))
     assert not found.training
     assert all(p.dtype == torch.float32 for p in found.parameters())
 
@@ -85,18 +92,23 @@ def test_other_precisions_become_fp32(tmp_path: Path, suffix: str, dtype: torch.
     assert found["steps"].dtype == torch.int64
 
 
-def test_a_whole_training_state_is_refused_with_its_keys(tmp_path: Path) -> None:
-    path = save({"epoch": 3, "state_dict": {"fc.weight": torch.zeros(1)}}, tmp_path / "a.pth")
+@pytest.mark.parametrize(
+    ("content", "evidence"),
+    [
+        ([torch.zeros(1)], "it holds a list"),
+        (torch.zeros(1), "it holds a Tensor"),
+        ({}, "it holds a dict with keys []"),
+        ({"epoch": 3, "optimizer": {"lr": 0.1}}, "it holds a dict with keys ['epoch', 'optimizer']"),
+        ({"state_dict": {"epoch": 3}}, "it holds a dict with keys ['epoch']"),
+        ({"model": {}}, "it holds a dict with keys ['model']"),
+        ({0: torch.zeros(1)}, "it holds a dict with keys [0]"),
+    ],
+)
+def test_what_holds_no_tensors_by_name_is_refused(tmp_path: Path, content: Any, evidence: str) -> None:
     with pytest.raises(InputError, match="does not hold tensors by name") as error:
-        load_checkpoint(path)
-    assert "['epoch', 'state_dict']" in error.value.evidence
+        load_checkpoint(save(content, tmp_path / "a.pth"))
+    assert error.value.evidence == evidence
     assert "state_dict()" in error.value.hint
-
-
-def test_a_list_of_tensors_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="does not hold tensors by name") as error:
-        load_checkpoint(save([torch.zeros(1)], tmp_path / "a.pth"))
-    assert "it holds a list" in error.value.evidence
 
 
 class Intruder:
@@ -110,10 +122,18 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
     path = save({"fc.weight": Intruder()}, tmp_path / "a.pth")
     with pytest.raises(InputError, match="is not a readable checkpoint") as error:
         load_checkpoint(path)
-    assert "Weights only load failed" in error.value.evidence
+    assert f"{os.mkdir.__module__}.mkdir" in error.value.evidence
+    assert "state_dict()" in error.value.hint
     assert not (tmp_path / "intruded").exists()
     torch.load(path, weights_only=False)  # the same file does harm where code is trusted
     assert (tmp_path / "intruded").exists()
+
+
+def test_a_whole_pickled_module_is_refused_with_what_to_save_instead(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a readable checkpoint") as error:
+        load_checkpoint(save(tiny_resnet(), tmp_path / "a.pth"))
+    assert error.value.evidence.endswith("edgeres.model.ResNet")
+    assert "torch.save(model.state_dict(), path)" in error.value.hint
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -158,6 +178,179 @@ def test_nan_and_infinity_are_refused_by_name(tmp_path: Path, value: float) -> N
     assert error.value.evidence == "in fc.weight and 1 more"
 
 
+# wrappings
+
+
+SMALL = {"conv1.weight": torch.tensor([1.0, 2.0]), "bn1.running_mean": torch.tensor([3.0])}
+OTHER = {k: t + 10 for k, t in SMALL.items()}
+
+
+def prefixed(prefix: str, tensors: Tensors = SMALL) -> Tensors:
+    return {prefix + k: t for k, t in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        SMALL,
+        {"state_dict": SMALL, "epoch": 3},
+        {"model_state_dict": SMALL},
+        {"model": SMALL, "optimizer": {"lr": 0.1}},
+        {"net": SMALL, "acc": 93.1},
+        {"ema": SMALL},
+        {"model_ema": SMALL},
+        {"state_dict_ema": SMALL},
+        {"ema_state_dict": SMALL},
+        {"state_dict": {"model": SMALL}},
+        {"model": {"ema": SMALL, "updates": 7}},
+        {"model": {"state_dict": {"net": SMALL}}},
+        {"model": SMALL, "ema": None},
+        {"model": SMALL, "model_ema": {}},
+        {"model": SMALL, "args": argparse.Namespace(lr=0.1, output="runs")},  # as torchvision's and timm's scripts do
+        prefixed("module."),
+        prefixed("_orig_mod."),
+        prefixed("model."),
+        prefixed("module._orig_mod."),
+        prefixed("_orig_mod.module."),
+        prefixed("model._orig_mod."),
+        prefixed("model.module."),
+        {"state_dict": prefixed("module.model.")},
+        {"model_ema": prefixed("module.") | {"n_averaged": torch.tensor(5)}},
+        prefixed("module.") | {"n_averaged": torch.tensor(5)},
+    ],
+    ids=lambda content: " ".join(content),
+)
+def test_wrappings_and_prefixes_are_taken_off(tmp_path: Path, content: Any) -> None:
+    assert same(load_checkpoint(save(content, tmp_path / "a.pth")).tensors, SMALL)
+
+
+@pytest.mark.parametrize("averaged", ["ema", "model_ema", "state_dict_ema", "ema_state_dict"])
+@pytest.mark.parametrize("plain", ["model", "state_dict", "model_state_dict", "net"])
+def test_averaged_weights_are_preferred_and_that_is_said(tmp_path: Path, averaged: str, plain: str) -> None:
+    path = save({plain: OTHER, averaged: prefixed("module.") | {"n_averaged": torch.tensor(5)}}, tmp_path / "a.pth")
+    told = Console(file=io.StringIO(), width=200)
+    with progress.to(told):
+        assert same(load_checkpoint(path).tensors, SMALL)
+    assert told.file.getvalue() == f"a.pth holds {averaged}, {plain}: using {averaged}\n"  # type: ignore[attr-defined]
+
+
+def test_a_choice_that_is_none_is_not_told(tmp_path: Path) -> None:
+    told = Console(file=io.StringIO(), width=200)
+    with progress.to(told):
+        load_checkpoint(save({"model": SMALL, "epoch": 3}, tmp_path / "a.pth"))
+    assert told.file.getvalue() == ""  # type: ignore[attr-defined]
+
+
+def test_a_prefix_of_some_names_only_is_part_of_the_names(tmp_path: Path) -> None:
+    mixed = prefixed("module.") | OTHER
+    assert same(load_checkpoint(save(mixed, tmp_path / "a.pth")).tensors, mixed)
+
+
+def test_half_precision_in_a_wrapping_becomes_fp32(tmp_path: Path) -> None:
+    half = {k: t.half() for k, t in SMALL.items()}
+    found = load_checkpoint(save({"state_dict": half}, tmp_path / "a.pth")).tensors
+    assert same(found, SMALL)
+    assert {t.dtype for t in found.values()} == {torch.float32}
+
+
+# Hugging Face transformers
+
+
+def hugging_face(tensors: Tensors, base: str = "resnet.") -> Tensors:
+    """The same tensors under transformers' names of ResNetForImageClassification."""
+    kinds = {"conv": "convolution", "bn": "normalization"}
+
+    def rename(name: str) -> str:
+        first, rest = name.split(".", 1)
+        if first in ("conv1", "bn1"):
+            return f"{base}embedder.embedder.{kinds[first[:-1]]}.{rest}"
+        if first == "fc":
+            return f"classifier.1.{rest}"
+        block, layer, rest = rest.split(".", 2)
+        where = f"{base}encoder.stages.{int(first.removeprefix('layer')) - 1}.layers.{block}"
+        if layer == "downsample":
+            number, rest = rest.split(".")
+            return f"{where}.shortcut.{'normalization' if number == '1' else 'convolution'}.{rest}"
+        return f"{where}.layer.{int(layer[-1]) - 1}.{kinds[layer[:-1]]}.{rest}"
+
+    return {rename(k): t for k, t in tensors.items()}
+
+
+def test_the_names_in_the_test_are_those_of_microsofts_resnet_50() -> None:
+    names = hugging_face(outline())
+    for name in (
+        "resnet.embedder.embedder.convolution.weight",
+        "resnet.embedder.embedder.normalization.running_var",
+        "resnet.encoder.stages.0.layers.0.shortcut.convolution.weight",
+        "resnet.encoder.stages.0.layers.0.shortcut.normalization.num_batches_tracked",
+        "resnet.encoder.stages.2.layers.5.layer.1.convolution.weight",
+        "resnet.encoder.stages.3.layers.2.layer.2.normalization.bias",
+        "classifier.1.weight",
+        "classifier.1.bias",
+    ):
+        assert name in names
+    assert len(names) == 320
+
+
+@pytest.mark.parametrize("base", ["resnet.", ""])
+@pytest.mark.parametrize("depth", LAYOUT)
+def test_hugging_face_names_become_torchvisions(depth: int, base: str) -> None:
+    tensors = outline(depth=depth)
+    found = torchvision_names(hugging_face(tensors, base))
+    assert {k: t.shape for k, t in found.items()} == {k: t.shape for k, t in tensors.items()}
+    assert torchvision_names(tensors).keys() == tensors.keys()
+
+
+@pytest.mark.parametrize(("depth", "variant"), [(50, "v1"), (18, "v1.5")])
+def test_hugging_face_weights_give_the_same_logits(depth: int, variant: str) -> None:
+    torch.manual_seed(2)
+    model = resnet(depth, variant, 3)
+    with torch.no_grad():
+        model.train()(noise(4))  # running statistics that a mix-up of norms would show
+        found = load_model(checkpoint(torchvision_names(hugging_face(model.state_dict()))), variant, depth=depth)
+        assert torch.equal(found(noise()), model.eval()(noise()))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_hugging_face_folder_loads_with_its_variant(tmp_path: Path, name: str) -> None:
+    tensors = dict(tiny_resnet().state_dict())
+    (tmp_path / "config.json").write_text('{"model_type": "resnet", "downsample_in_bottleneck": true}')
+    found = load_checkpoint(save(hugging_face(tensors), tmp_path / name))
+    assert same(found.tensors, tensors)
+    assert found.variant == "v1"
+
+
+@pytest.mark.parametrize(
+    ("config", "variant"),
+    [
+        ({"model_type": "resnet", "downsample_in_bottleneck": True}, "v1"),
+        ({"model_type": "resnet", "downsample_in_bottleneck": False}, "v1.5"),
+        ({"model_type": "resnet"}, "v1.5"),  # transformers' default
+        ({"model_type": "vit", "downsample_in_bottleneck": True}, None),
+        ({"downsample_in_bottleneck": True}, None),
+        ({"architecture": "resnet50", "num_classes": 1000}, None),  # timm's
+        ([], None),
+        (None, None),
+    ],
+    ids=str,
+)
+def test_config_json_beside_the_file_declares_the_variant(tmp_path: Path, config: Any, variant: str | None) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_checkpoint(save(SMALL, tmp_path / "a.pth")).variant == variant
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"model_type": "resnet"', b"\xff\xfe", b"hello"])
+def test_a_damaged_config_json_is_no_matter(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    assert load_checkpoint(save(SMALL, tmp_path / "a.pth")).variant is None
+
+
+def test_without_config_json_nothing_is_declared(tmp_path: Path) -> None:
+    assert load_checkpoint(save(SMALL, tmp_path / "a.pth")).variant is None
+    (tmp_path / "config.json").mkdir()
+    assert load_checkpoint(tmp_path / "a.pth").variant is None
+
+
 # models
 
 
@@ -190,27 +383,16 @@ def test_another_number_of_classes_is_refused() -> None:
     assert "--classes 5" in error.value.hint
 
 
-def resnet18(prefix: str = "") -> Tensors:
-    """Outline of another network of the family: two 3x3 convolutions per block, no bottleneck."""
-    tensors = {"conv1.weight": torch.zeros(64, 3, 7, 7), "fc.weight": torch.zeros(5, 512), "fc.bias": torch.zeros(5)}
-    for stage, width in enumerate((64, 128, 256, 512), 1):
-        for block in (0, 1):
-            for conv in (1, 2):
-                tensors[f"layer{stage}.{block}.conv{conv}.weight"] = torch.zeros(()).expand(width, width, 3, 3)
-    return {prefix + k: t for k, t in tensors.items()}
-
-
 def without_fc() -> Tensors:
     return {k: t for k, t in outline().items() if not k.startswith("fc.")}
 
 
 NOT_RESNET50: dict[str, tuple[Tensors, list[str]]] = {
-    "resnet18": (resnet18(), ["missing: bn1.weight and ", "layer1.0.conv1.weight is (64, 64, 3, 3)", "(64, 64, 1, 1)"]),
     "prefixed": (
         {f"module.{k}": t for k, t in outline().items()},
         ["not in ResNet-50: module.conv1.weight and 319 more"],
     ),
-    "resnet101": (
+    "longer": (
         outline() | {"layer3.6.conv1.weight": torch.zeros(256, 1024, 1, 1)},
         ["not in ResNet-50: layer3.6.conv1.weight"],
     ),
@@ -235,7 +417,40 @@ def test_other_networks_are_refused_with_evidence(name: str) -> None:
         load_model(checkpoint(tensors), "v1.5")
     for part in evidence:
         assert part in error.value.evidence
-    assert "torchvision's parameter names" in error.value.hint
+    assert "torchvision's, timm's or transformers' names" in error.value.hint
+
+
+@pytest.mark.parametrize("depth", LAYOUT)
+def test_the_depth_is_read_off_the_blocks(depth: int) -> None:
+    tensors = outline(depth=depth)
+    assert checkpoint(tensors).depth == depth
+    assert load_model(checkpoint(tensors), "v1.5", depth=depth).fc.out_features == 5
+    assert checkpoint({k: t for k, t in tensors.items() if not k.startswith("layer3.0.")}).depth is None
+    assert checkpoint({f"x.{k}": t for k, t in tensors.items()}).depth is None
+
+
+@pytest.mark.parametrize(("has", "asked"), [(18, 50), (34, 18), (34, 50), (50, 34), (50, 101), (101, 152), (152, 50)])
+def test_the_wrong_depth_is_refused_with_the_right_one(has: int, asked: int) -> None:
+    with pytest.raises(InputError, match=rf"mine\.pth is not a ResNet-{asked} checkpoint") as error:
+        load_model(checkpoint(outline(depth=has)), "v1.5", depth=asked)
+    assert error.value.hint == f"its blocks are ResNet-{has}'s: give --depth {has}"
+    assert error.value.evidence
+
+
+def test_a_basic_block_checkpoint_gives_its_logits_back_as_either_variant() -> None:
+    torch.manual_seed(2)
+    model = resnet(18, "v1.5", 3).eval()
+    with torch.no_grad():
+        for variant in ("v1", "v1.5"):
+            found = load_model(checkpoint(model.state_dict()), variant, depth=18)
+            assert torch.equal(found(noise()), model(noise()))
+
+
+def test_loaded_models_have_the_stride_of_their_variant() -> None:
+    model = load_model(checkpoint(outline()), "v1")
+    assert isinstance(model, ResNet)
+    assert model.get_submodule("layer2.0.conv1").stride == (2, 2)
+    assert load_model(checkpoint(outline()), "v1.5").get_submodule("layer2.0.conv2").stride == (2, 2)
 
 
 def test_an_unknown_variant_is_refused() -> None:
@@ -243,181 +458,144 @@ def test_an_unknown_variant_is_refused() -> None:
         load_model(checkpoint(outline()), "v3")
 
 
-# names and downloads
+# published weights and paths
+
+
+RECORDS = [*weights.PUBLISHED.values(), weights.ZOO_V1]
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda r: r.url.rpartition("/")[2])
+def test_published_records_are_safe_and_complete(record: weights.Published) -> None:
+    assert record.url.startswith("https://")
+    assert set(record.sha256) <= set("0123456789abcdef")
+    assert len(record.sha256) in (8, 64)
+    assert record.variant in ("v1", "v1.5")
+    assert record.classes == 1000
+    assert record.license
+    assert 60 < record.top1 < 90
+    assert 40 < record.mib < 250
+
+
+@pytest.mark.parametrize(("name", "depth"), weights.PUBLISHED)
+def test_torchvisions_files_carry_depth_and_hash_in_their_names(name: str, depth: int) -> None:
+    record = weights.PUBLISHED[name, depth]
+    assert record.url == f"https://download.pytorch.org/models/resnet{depth}-{record.sha256[:8]}.pth"
+    assert record.variant == "v1.5"
+    assert record.preprocess == Preprocess(crop=224, resize=232 if name == "imagenet-v2" else 256)
+    with torch.device("meta"):
+        floats = [t.numel() for t in resnet(depth).state_dict().values() if t.ndim]
+    assert record.mib == pytest.approx(sum(floats) * 4 / 2**20, abs=0.5)
+
+
+def test_all_records_are_of_different_files() -> None:
+    assert len({r.url for r in RECORDS}) == len({r.sha256 for r in RECORDS}) == len(RECORDS) == 9
+
+
+@pytest.mark.parametrize("depth", LAYOUT)
+def test_imagenet_is_torchvisions_first_set_at_every_depth(depth: int) -> None:
+    record = published("imagenet", depth, "v1.5")
+    assert record is weights.PUBLISHED["imagenet", depth]
+    assert record.preprocess == Preprocess()
+
+
+def test_imagenet_as_v1_is_the_onnx_zoos_file() -> None:
+    record = published("imagenet", 50, "v1")
+    assert record is not None
+    assert record.url.startswith("https://github.com/onnx/models/")
+    assert record.url.endswith("/resnet50-v1-12.onnx")
+    assert record.sha256 == "3f03fdef724b22947eed826f1eef1dc5c34151bb4c37d634f1db89dfa2dd1526"
+    assert record.variant == "v1"
+    assert record.mib == pytest.approx(102_576_593 / 2**20, abs=0.05)
+
+
+@pytest.mark.parametrize("depth", [50, 101, 152])
+def test_imagenet_v2_resizes_to_232(depth: int) -> None:
+    record = published("imagenet-v2", depth, "v1.5")
+    assert record is not None
+    assert (record.preprocess.resize, record.preprocess.crop) == (232, 224)
+
+
+@pytest.mark.parametrize("depth", [18, 34])
+def test_networks_without_variants_are_published_as_either(depth: int) -> None:
+    assert published("imagenet", depth, "v1") is published("imagenet", depth, "v1.5") is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "variant", "what", "exists"),
+    [
+        ("imagenet", 101, "v1", "ResNet-101 v1", "18, 34, 50, 101, 152 as v1.5, and 50 as v1;"),
+        ("imagenet", 152, "v1", "ResNet-152 v1", "18, 34, 50, 101, 152 as v1.5, and 50 as v1;"),
+        ("imagenet-v2", 50, "v1", "ResNet-50 v1", "50, 101, 152 as v1.5;"),
+        ("imagenet-v2", 18, "v1.5", "ResNet-18", "50, 101, 152 as v1.5;"),
+        ("imagenet-v2", 34, "v1", "ResNet-34", "50, 101, 152 as v1.5;"),
+    ],
+)
+def test_what_is_not_published_is_refused_with_what_is(
+    tmp_path: Path, name: str, depth: int, variant: str, what: str, exists: str
+) -> None:
+    with pytest.raises(UsageError, match="there are no") as error:
+        locate(name, depth, variant)
+    assert error.value.cause == f"there are no {name} weights for {what}"
+    assert f"{name} has depth {exists}" in error.value.hint
+    assert "--weights FILE" in error.value.hint
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("name", ["mine.pth", "imagenet1k", "IMAGENET", ""])
+def test_other_names_are_not_published(name: str) -> None:
+    assert published(name, 50, "v1.5") is None
 
 
 def test_a_path_is_located_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "mine.pth"
     path.touch()
-    assert locate(str(path), "v1") == path
+    assert locate(str(path), 101, "v1") == path
 
 
 @pytest.mark.parametrize("name", ["absent.pth", "imagenet1k", "."])
 def test_neither_file_nor_name_lists_the_names(name: str) -> None:
     with pytest.raises(InputError, match="no checkpoint") as error:
-        locate(name, "v1.5")
+        locate(name, 50, "v1.5")
     assert name in error.value.cause
-    assert "imagenet" in error.value.hint
-
-
-def test_published_weights_of_the_other_variant_are_refused_before_any_download(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"imagenet weights are of variant v1\.5, not v1") as error:
-        locate("imagenet", "v1")
-    assert "--weights FILE" in error.value.hint
-    assert not (tmp_path / "cache").exists()
-
-
-def test_published_weights_name_their_hash() -> None:
-    for variant, url, prefix in weights.PUBLISHED.values():
-        assert variant in ("v1", "v1.5")
-        assert url.startswith("https://")
-        assert url.endswith(f"-{prefix}.pth")
-        assert len(prefix) >= 8
-
-
-BODY = bytes(range(256)) * 8000
-"""About 2 MB, more than is read at once."""
-
-
-@dataclass
-class Server:
-    """What is served, and what was asked for."""
-
-    url: str = ""
-    answer: str = "whole"
-    requests: list[str] = field(default_factory=list)
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """Published weights from this machine, no farther."""
-    state = Server()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            state.requests.append(self.path)
-            if state.answer == "absent":
-                self.send_error(404)
-            elif state.answer == "no HTTP":
-                self.wfile.write(b"220 mail.example ready\r\n\r\n")
-            elif state.answer == "hang up":
-                self.connection.shutdown(socket.SHUT_RDWR)
-            elif state.answer == "cut chunks":
-                self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nffff\r\nonly a little")
-            else:
-                body = {"whole": BODY, "cut": BODY[:-1000], "another": BODY[::-1], "empty": b"", "plain": BODY}
-                self.send_response(200)
-                if state.answer != "plain":
-                    self.send_header("Content-Length", str(len(BODY) if state.answer != "empty" else 0))
-                self.end_headers()
-                self.wfile.write(body[state.answer])
-
-        def log_message(self, *_args: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        state.url = f"http://127.0.0.1:{http.server_port}/models/resnet50-test.pth"
-        publish(monkeypatch, state.url)
-        yield state
-        http.shutdown()
-        thread.join()
-
-
-def publish(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    prefix = hashlib.sha256(BODY).hexdigest()[:8]
-    monkeypatch.setitem(weights.PUBLISHED, "imagenet", ("v1.5", url, prefix))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-
-
-def files_in(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.rglob("*") if p.is_file())
-
-
-@pytest.mark.parametrize("answer", ["whole", "plain"])  # plain: of a length not told
-def test_published_weights_are_downloaded_once(tmp_path: Path, server: Server, answer: str) -> None:
-    server.answer = answer
-    path = locate("imagenet", "v1.5")
-    assert path == tmp_path / "cache" / "weights" / "resnet50-test.pth"
-    assert path.read_bytes() == BODY
-    assert locate("imagenet", "v1.5") == path
-    assert server.requests == ["/models/resnet50-test.pth"]
-    assert files_in(tmp_path) == ["resnet50-test.pth"]
-
-
-def refused(tmp_path: Path) -> EdgeresError:
-    with pytest.raises(InputError) as error:
-        locate("imagenet", "v1.5")
-    assert files_in(tmp_path) == []
-    assert "--weights FILE" in error.value.hint
-    assert "`edgeres demo`" in error.value.hint
-    return error.value
+    assert error.value.hint.endswith("or a name: imagenet, imagenet-v2")
 
 
 @pytest.mark.parametrize(
-    ("answer", "evidence"),
+    ("name", "depth", "variant", "file"),
     [
-        ("cut", "2,047,000 of 2,048,000 bytes"),
-        ("another", "2,048,000 of 2,048,000 bytes"),
-        ("empty", "0 of 0 bytes, SHA-256 e3b0c44298fc"),  # of nothing
+        ("imagenet", 50, "v1.5", "resnet50-0676ba61.pth"),
+        ("imagenet", 50, "v1", "resnet50-v1-12.onnx"),
+        ("imagenet", 18, "v1", "resnet18-f37072fd.pth"),
+        ("imagenet-v2", 152, "v1.5", "resnet152-f82ba261.pth"),
     ],
 )
-def test_a_damaged_download_is_refused_and_not_kept(tmp_path: Path, server: Server, answer: str, evidence: str) -> None:
-    server.answer = answer
-    error = refused(tmp_path)
-    assert server.url in error.cause
-    assert "damaged" in error.cause
-    assert evidence in error.evidence
-    assert f"expected {hashlib.sha256(BODY).hexdigest()[:8]}" in error.evidence
-    server.answer = "whole"
-    assert locate("imagenet", "v1.5").read_bytes() == BODY  # and trying again helps
-
-
-def test_the_length_counts_beside_the_hash(tmp_path: Path, server: Server) -> None:
-    server.answer = "cut"
-    with pytest.raises(InputError, match="damaged"):
-        weights.download(server.url, tmp_path / "a.pth", "")
-    assert files_in(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    ("answer", "evidence"),
-    [("absent", "404"), ("no HTTP", "220 mail"), ("hang up", "closed"), ("cut chunks", "IncompleteRead")],
-)
-def test_a_failed_download_says_why_and_leaves_nothing(
-    tmp_path: Path, server: Server, answer: str, evidence: str
+def test_published_weights_are_fetched_once_into_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, depth: int, variant: str, file: str
 ) -> None:
-    server.answer = answer
-    error = refused(tmp_path)
-    assert error.cause == f"cannot download {server.url}"
-    assert evidence in error.evidence
+    asked: list[tuple[Any, ...]] = []
+
+    def download(url: str, path: Path, sha256: str, mib: float | None = None) -> None:
+        asked.append((url, path, sha256, mib))
+        path.parent.mkdir(parents=True)
+        path.touch()
+
+    monkeypatch.setattr(weights, "download", download)
+    monkeypatch.setenv("EDGERES_CACHE", str(tmp_path / "elsewhere"))
+    path = tmp_path / "elsewhere" / "weights" / file
+    assert locate(name, depth, variant) == path
+    record = published(name, depth, variant)
+    assert record is not None
+    assert asked == [(record.url, path, record.sha256, record.mib)]
+    assert locate(name, depth, variant) == path  # and now it is there
+    assert len(asked) == 1
 
 
-def test_a_refused_connection_says_so_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # bound and not listening: nobody else can answer there
-        publish(monkeypatch, f"http://127.0.0.1:{taken.getsockname()[1]}/a.pth")
-        error = refused(tmp_path)
-    assert "cannot download" in error.cause
-    assert "refused" in error.evidence
-
-
-def test_an_interrupted_download_leaves_nothing(
-    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(_path: Path) -> str:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(weights, "sha256_file", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        locate("imagenet", "v1.5")
-    assert server.requests
-    assert files_in(tmp_path) == []
-
-
-def test_loaded_models_are_resnet50() -> None:
-    model = load_model(checkpoint(outline()), "v1")
-    assert isinstance(model, ResNet)
-    assert model.get_submodule("layer2.0.conv1").stride == (2, 2)
-    assert load_model(checkpoint(outline()), "v1.5").get_submodule("layer2.0.conv2").stride == (2, 2)
+def test_a_record_can_be_of_another_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `locate` asks of `download` is in the record, nowhere else."""
+    record = replace(weights.PUBLISHED["imagenet", 50], url="http://127.0.0.1:9/x/mine.pth", sha256="ab", mib=1.5)
+    monkeypatch.setitem(weights.PUBLISHED, ("imagenet", 50), record)
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(weights, "download", lambda *arguments: asked.append(arguments))
+    path = locate("imagenet", 50, "v1.5")
+    assert asked == [(record.url, tmp_path / "cache" / "weights" / "mine.pth", "ab", 1.5)]
+    assert path.name == "mine.pth"
