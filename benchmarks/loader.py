@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 
 from edgeres import graph, machine
-from edgeres.data import ImageSet, open_images
+from edgeres.data import ImageSet
 from edgeres.files import write_json
 from edgeres.images import decode
+from edgeres.layouts import open_images
 from edgeres.loader import Batch, Loader, cores
 from edgeres.pack import write_pack
 from edgeres.recipe import Preprocess

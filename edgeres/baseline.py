@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from edgeres import graph
-from edgeres.data import open_images
 from edgeres.errors import InputError, UsageError
 from edgeres.files import sha256_file, to_json
 from edgeres.images import PRESETS, preset
 from edgeres.job import BATCH, Job
+from edgeres.layouts import open_images
 from edgeres.loader import Loader
 from edgeres.progress import say
 from edgeres.recipe import BASIC_DEPTHS, Preprocess, Recipe, with_defaults

@@ -224,7 +224,7 @@ def pack(show: Any, source: Path, like: str | None, model: Path | None, skip_bad
     of --model, or of the workspace.
     """
     from edgeres.baseline import preprocess_like
-    from edgeres.data import open_images
+    from edgeres.layouts import open_images
     from edgeres.pack import write_pack
 
     recipe = job().recipe
@@ -336,15 +336,16 @@ def data() -> None:
 def check(show: Any, source: Path, against: Path | None) -> None:
     """What a set holds, and what is wrong with it.
 
-    Exit status 1 for unreadable images, or images shared with --against.
+    Reads every image, and checks a pack's pixels against its digest. Exit status 1 for unreadable images, labels out of
+    range, or images shared with --against.
     """
     from edgeres import datacheck
-    from edgeres.data import open_images
+    from edgeres.layouts import open_images
 
     images = open_images(source, job().recipe.validation.labels)
     report = datacheck.check(images, open_images(against) if against else None)
     show(report, datacheck.table(report))
-    if report["unreadable"] or report["overlap"]:
+    if report["unreadable"] or report["overlap"] or report["labels_out_of_range"]:
         click.get_current_context().exit(1)
 
 

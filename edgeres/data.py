@@ -34,6 +34,11 @@ class ImageSet:
     labels: tuple[int, ...] | None
     classes: tuple[str, ...] = ()
 
+    @property
+    def left_out(self) -> tuple[tuple[str, str], ...]:
+        """Images that are no longer there because they could not be read when a pack was made (path, reason)."""
+        return ()
+
     def __len__(self) -> int:
         return len(self.paths)
 
@@ -118,14 +123,3 @@ class Manifest:
                 )
         labels = None if any(r[1] == "-" for r in rows) else tuple(int(r[1]) for r in rows)
         return cls(tuple(r[0] for r in rows), tuple(r[2] for r in rows), labels)
-
-
-def open_images(source: str | Path, labels: str | Path | None = None, classes: int | None = None) -> ImageSet:
-    """Open any of the layouts: see `edgeres.layouts.open_source`, which this calls.
-
-    ``labels`` is a file: class names, one per line in the model's order, or the ground truth of a flat folder.
-    ``classes`` is how many the model has, if known: ImageNet's numbering applies to 1000 (or to an unknown number).
-    """
-    from edgeres.layouts import open_source  # which makes the sets above
-
-    return open_source(source, labels, classes)

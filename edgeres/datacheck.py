@@ -17,6 +17,7 @@ from rich.text import Text
 from edgeres.data import ImageSet, threaded
 from edgeres.errors import need
 from edgeres.images import open_image, to_rgb
+from edgeres.pack import Pack
 from edgeres.progress import track
 
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
@@ -41,8 +42,10 @@ def check(images: ImageSet, other: ImageSet | None = None, classes: int | None =
     ``classes`` is how many there should be, if the set does not know. ``overlap`` lists images whose bytes ``other``
     holds too. Lists hold everything found, in the order of the set. Names that are no UTF-8 are escaped.
 
-    A pack holds pixels alone: its images have no sizes, modes or formats to report.
+    A pack holds pixels alone: its images have no sizes, modes or formats to report. They are checked against its digest.
     """
+    if isinstance(images, Pack):
+        images.verify()
     looks = _looks(images)
     names = [_shown(path) for path in images.paths]
     groups: dict[str, list[str]] = defaultdict(list)

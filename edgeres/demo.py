@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from edgeres import pipeline
-from edgeres.data import open_images
 from edgeres.errors import need
 from edgeres.files import atomic, cache_folder, digest
 from edgeres.job import Job
+from edgeres.layouts import open_images
 from edgeres.loader import Loader
 from edgeres.progress import bar, say
 from edgeres.recipe import WORKSPACE_FILE, load_recipe

@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 
 from edgeres import imagenet, shards
 from edgeres.data import ImageSet
-from edgeres.errors import InputError
+from edgeres.errors import InputError, UsageError
 from edgeres.progress import say
 
 IMAGE_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
@@ -32,7 +32,7 @@ ILSVRC = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG", re.IGNORECASE)
 HINT = "give a folder with one folder per class, a list file with one `path label` per line, a CSV file or tar shards"
 
 
-def open_source(source: str | Path, labels: str | Path | None = None, classes: int | None = None) -> ImageSet:
+def open_images(source: str | Path, labels: str | Path | None = None, classes: int | None = None) -> ImageSet:
     """Open whatever ``source`` is.
 
     - a folder of class folders: indices are ImageNet's where every name is a WordNet id of ImageNet-1k, however few
@@ -73,6 +73,8 @@ def _open_file(path: Path, labels: Path | None, classes: int | None) -> ImageSet
     if name.endswith(".pack"):
         from edgeres.pack import open_pack
 
+        if labels is not None:
+            raise UsageError(f"{path} has its labels inside", hint="leave --labels out, or pack the images with it")
         packed: ImageSet = open_pack(path)
         return packed
     if name.endswith(".tar"):
@@ -235,7 +237,7 @@ def _read_truth(path: Path) -> dict[str, str]:
     """Base name (with or without suffix) -> label as written, from one of these.
 
     - ``name label`` lines, 0-based indices or WordNet ids (MLPerf's val_map.txt, Caffe's val.txt)
-    - Kaggle's LOC_val_solution.csv (``ImageId,PredictionString``), or any CSV file that `open_source` takes
+    - Kaggle's LOC_val_solution.csv (``ImageId,PredictionString``), or any CSV file that `open_images` takes
     - 50,000 lines of one WordNet id each, the n-th for ``ILSVRC2012_val_<n>``
 
     Numbers alone, as in the development kit's ILSVRC2012_validation_ground_truth.txt, are refused: those count from 1

@@ -81,6 +81,10 @@ class Pack(ImageSet):
     rows: Sequence[int] = field(repr=False)
     pixels: Mapped = field(repr=False, compare=False)
 
+    @property
+    def left_out(self) -> tuple[tuple[str, str], ...]:
+        return self.skipped
+
     def take(self, keep: Sequence[int]) -> Pack:
         taken = super().take(keep)
         assert isinstance(taken, Pack)

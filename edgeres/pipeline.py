@@ -8,10 +8,11 @@ from typing import Any
 from edgeres import benchmark, build, graph, quantize, report, validate
 from edgeres.baseline import ensure_model, preprocess_of, recorded
 from edgeres.calibrate import RangeTable, calibrate
-from edgeres.data import ImageSet, Manifest, open_images
+from edgeres.data import ImageSet, Manifest
 from edgeres.errors import InputError, StaleError, UsageError, need
 from edgeres.files import atomic, sha256_file, write_json
 from edgeres.job import BATCH, Job
+from edgeres.layouts import open_images
 from edgeres.loader import Loader
 from edgeres.progress import say, track
 from edgeres.runners import Runner, open_runner
@@ -201,7 +202,9 @@ def validate_engines(job: Job, engines: list[build.Engine]) -> list[dict[str, An
         ]
         digests = {"model": graph.digest(model), "images": manifest.digest(), "weights": record["weights"]}
         comparison, budget = comparisons[name], job.recipe.budget.max_drop
-        result = report.result(job.stem, engine.record, comparison, sides, budget, loader.skipped, digests)
+        result = report.result(
+            job.stem, engine.record, comparison, sides, budget, [*images.left_out, *loader.skipped], digests
+        )
         write_json(engine.path.parent / "result.json", result)
         results.append(result)
     return results

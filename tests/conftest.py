@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from edgeres import benchmark, graph
-from edgeres.data import ImageSet, open_images
+from edgeres.data import ImageSet
 from edgeres.export import export_onnx
+from edgeres.layouts import open_images
 from edgeres.model import ResNet
 from edgeres.recipe import Preprocess
 

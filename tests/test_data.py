@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgeres.data import ImageSet, Manifest, open_images, threaded
+from edgeres.data import ImageSet, Manifest, threaded
 from edgeres.errors import InputError
+from edgeres.layouts import open_images
 from edgeres.recipe import Preprocess
 
 EXACT = Preprocess(crop=8, resize=8, interpolation="nearest")

@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from edgeres.data import ImageSet, open_images
+from edgeres.data import ImageSet
 from edgeres.datacheck import SHOWN, check, table
 from edgeres.files import to_json
+from edgeres.layouts import open_images
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:

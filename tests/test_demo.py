@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from edgeres import demo
-from edgeres.data import open_images
+from edgeres.layouts import open_images
 
 
 def test_digits_are_split_without_overlap_and_written_once(tmp_path: Path) -> None:

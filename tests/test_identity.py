@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeres import baseline, graph, identity, progress, weights
-from edgeres.data import open_images
 from edgeres.errors import InputError
 from edgeres.identity import CLEAR, FITS, Identity, identify
 from edgeres.job import Job
+from edgeres.layouts import open_images
 from edgeres.loader import Loader
 from edgeres.model import BasicBlock, ResNet, resnet50
 from edgeres.recipe import STRIDE_ON, Preprocess, load_recipe

@@ -14,9 +14,10 @@ from PIL import Image
 from rich.console import Console
 
 from edgeres import imagenet, progress, shards
-from edgeres.data import ImageSet, Manifest, open_images
+from edgeres.data import ImageSet, Manifest
 from edgeres.errors import InputError
 from edgeres.images import normalize
+from edgeres.layouts import open_images
 from edgeres.loader import Loader
 from edgeres.recipe import Preprocess
 

@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 from edgeres import data, loader
-from edgeres.data import ImageSet, open_images
+from edgeres.data import ImageSet
 from edgeres.errors import InputError, MissingDependency
 from edgeres.images import decode, normalize
+from edgeres.layouts import open_images
 from edgeres.loader import Loader, normalizer
 from edgeres.recipe import Preprocess
 

@@ -15,9 +15,10 @@ from PIL import Image
 
 from edgeres import data
 from edgeres import pack as packs
-from edgeres.data import ImageSet, Manifest, open_images
+from edgeres.data import ImageSet, Manifest
 from edgeres.errors import InputError, MissingDependency
 from edgeres.images import decode
+from edgeres.layouts import open_images
 from edgeres.loader import Loader
 from edgeres.pack import HEADER, MAGIC, PAGE, Pack, open_pack, write_pack
 from edgeres.recipe import Preprocess

@@ -12,8 +12,9 @@ from conftest import SHARED, shared
 
 import edgeres
 from edgeres.calibrate import RangeTable
-from edgeres.data import Manifest, open_images
+from edgeres.data import Manifest
 from edgeres.files import sha256_file
+from edgeres.layouts import open_images
 from edgeres.recipe import load_recipe
 from edgeres.targets import load_target
 
