@@ -42,7 +42,7 @@ def check(images: ImageSet, other: ImageSet | None = None, classes: int | None =
     ``classes`` is how many there should be, if the set does not know. ``overlap`` lists images whose bytes ``other``
     holds too. Lists hold everything found, in the order of the set. Names that are no UTF-8 are escaped.
 
-    A pack holds pixels alone: its images have no sizes, modes or formats to report. They are checked against its digest.
+    A pack holds pixels alone: its images have no sizes, modes or formats to report; its digest is checked.
     """
     if isinstance(images, Pack):
         images.verify()
