@@ -152,7 +152,7 @@ def test_wrong_types_are_refused_with_file(tmp_path: Path, text: str, cause: str
         ("[budget]\nmax_drop = nan", "max_drop is nan"),
         ("[preprocess]\ncrop = 0", "crop .*is 0"),
         ("[preprocess]\nresize = 200", "resize 200 is smaller than the input size 224"),
-        ('[preprocess]\ninterpolation = "area"', "unknown preprocess.interpolation"),
+        ('[preprocess]\ninterpolation = "nearby"', "unknown preprocess.interpolation"),
         ('[preprocess]\nchannel_order = "rgb"', "unknown preprocess.channel_order"),
         ("[preprocess]\nmean = [0.5, 0.5]", "three finite numbers"),
         ("[preprocess]\nstd = [1, 1, 0]", "no std of 0"),

@@ -15,6 +15,7 @@ from edgeres.report import met, result, table, verdicts
 from edgeres.validate import Comparison
 
 ENGINE = {
+    "depth": 50,
     "variant": "v1.5",
     "target": "cpu",
     "precision": "int8",
