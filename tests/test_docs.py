@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 import pytest
 import tomllib
+from click.testing import CliRunner
 
 from edgeres.cli import cli
 from edgeres.recipe import Recipe, from_dict
@@ -18,16 +19,22 @@ PAGES = sorted(p for p in ROOT.rglob("*.md") if not any(part.startswith(".") for
 
 
 def commands_page() -> str:
-    """docs/commands.md: every --help, 80 columns wide."""
+    """docs/commands.md: every --help as it is printed, 80 columns wide."""
 
-    def page(command: click.Command, name: str) -> str:
-        with click.Context(command, info_name=name, terminal_width=80) as context:
-            return f"```\n{command.get_help(context)}\n```\n"
+    def pages(group: click.Group, words: tuple[str, ...]) -> list[str]:
+        out = []
+        for name, command in group.commands.items():
+            out.append(f"## {' '.join((*words, name))}\n\n{shown(*words, name)}")
+            if isinstance(command, click.Group):
+                out += pages(command, (*words, name))
+        return out
 
-    parts = ["# Commands\n", page(cli, "edgeres")]
-    for name, command in cli.commands.items():
-        parts += [f"## {name}\n", page(command, f"edgeres {name}")]
-    return "\n".join(parts)
+    def shown(*words: str) -> str:
+        result = CliRunner().invoke(cli, [*words, "--help"], prog_name="edgeres", terminal_width=80)
+        assert result.exit_code == 0
+        return f"```\n{result.output.rstrip()}\n```\n"
+
+    return "\n".join(["# Commands\n", shown(), *pages(cli, ())])
 
 
 def test_commands_page_is_what_help_prints() -> None:
