@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,8 +15,12 @@ from edgeres.images import PRESETS, preset
 from edgeres.job import BATCH, Job
 from edgeres.layouts import open_images
 from edgeres.loader import Loader
-from edgeres.progress import say
+from edgeres.progress import busy, say
 from edgeres.recipe import BASIC_DEPTHS, Preprocess, Recipe, with_defaults
+
+if TYPE_CHECKING:
+    from edgeres.identity import Identity
+    from edgeres.weights import Checkpoint
 
 SAMPLE = 64
 """Calibration images that a model is checked on: `identity` needs that many."""
@@ -26,7 +30,6 @@ def export(job: Job, output: Path | None = None) -> Path:
     """Weights -> FP32 ONNX; parity and variant are checked on real images where there is a calibration set."""
     from edgeres import weights  # here and below: PyTorch takes seconds to import, and only export needs it
     from edgeres.export import export_onnx
-    from edgeres.identity import identify
 
     section = job.recipe.model
     record = weights.published(section.weights, section.depth, section.variant)
@@ -34,37 +37,49 @@ def export(job: Job, output: Path | None = None) -> Path:
     path = weights.locate(section.weights, section.depth, section.variant)
     if path.suffix == ".onnx":  # published as ONNX only
         return import_model(job, path, preprocess, output, section.weights)
-    checkpoint = weights.load_checkpoint(path, Path(section.weights).name)
-    model = weights.load_model(checkpoint, section.variant, section.classes, section.depth)
-    pixels = sample_images(job, preprocess)
-    fit = None
-    if section.depth not in BASIC_DEPTHS:
-        if checkpoint.variant not in (None, section.variant):
-            message = f"config.json beside {path.name} says variant {checkpoint.variant}, not {section.variant}"
-            _refuse(job, message, f"give --variant {checkpoint.variant}")
-        if len(pixels):
-            fit = identify(checkpoint, pixels, section.depth)
-            say(f"variant: {fit}")
-            if fit.variant not in (None, section.variant):
-                message = f"{checkpoint.source} is of variant {fit.variant}, not {section.variant}"
-                _refuse(job, message, f"give --variant {fit.variant}", str(fit))
-        else:
-            say("variant not checked: that takes images; name some with --calibration")
-    proto = export_onnx(
-        model,
-        preprocess,
-        {
-            "depth": section.depth,
-            "variant": section.variant,
-            "variant_check": vars(fit) if fit else None,
-            "weights": {"source": checkpoint.source, "sha256": checkpoint.sha256},
-        },
-        opset=section.opset,
-        batch=section.batch,
-        images=[_fill(pixels[:BATCH], section.batch)] if len(pixels) else [],
-        seed=job.recipe.seed,
-    )
+    with busy(f"load {path.name}"):
+        checkpoint = weights.load_checkpoint(path, Path(section.weights).name)
+        model = weights.load_model(checkpoint, section.variant, section.classes, section.depth)
+        pixels = sample_images(job, preprocess)
+    fit = check_variant(job, checkpoint, pixels)
+    with busy("export, and compare with PyTorch"):
+        proto = export_onnx(
+            model,
+            preprocess,
+            {
+                "depth": section.depth,
+                "variant": section.variant,
+                "variant_check": vars(fit) if fit else None,
+                "weights": {"source": checkpoint.source, "sha256": checkpoint.sha256},
+            },
+            opset=section.opset,
+            batch=section.batch,
+            images=[_fill(pixels[:BATCH], section.batch)] if len(pixels) else [],
+            seed=job.recipe.seed,
+        )
     return _save_model(job, proto, output)
+
+
+def check_variant(job: Job, checkpoint: Checkpoint, pixels: np.ndarray) -> Identity | None:
+    """Refuse a checkpoint that is of the other variant, as far as its configuration or ``pixels`` tell."""
+    from edgeres.identity import identify
+
+    section = job.recipe.model
+    if section.depth in BASIC_DEPTHS:
+        return None
+    if checkpoint.variant not in (None, section.variant):
+        message = f"config.json beside {checkpoint.source} says variant {checkpoint.variant}, not {section.variant}"
+        _refuse(job, message, f"give --variant {checkpoint.variant}")
+    if not len(pixels):
+        say("variant not checked: that takes images; name some with --calibration")
+        return None
+    with busy("check the variant"):
+        fit = identify(checkpoint, pixels, section.depth)
+    say(f"variant: {fit}")
+    if fit.variant not in (None, section.variant):
+        message = f"{checkpoint.source} is of variant {fit.variant}, not {section.variant}"
+        _refuse(job, message, f"give --variant {fit.variant}", str(fit))
+    return fit
 
 
 def import_model(
@@ -79,7 +94,10 @@ def import_model(
     section = job.recipe.model
     pixels = sample_images(job, preprocess)[:BATCH]
     images = [_fill(pixels, section.batch)] if len(pixels) else []
-    proto = import_onnx(path, preprocess, opset=section.opset, batch=section.batch, images=images, seed=job.recipe.seed)
+    with busy(f"read {path.name}, and compare with it"):
+        proto = import_onnx(
+            path, preprocess, opset=section.opset, batch=section.batch, images=images, seed=job.recipe.seed
+        )
     record = graph.metadata(proto)
     graph.set_metadata(proto, {**record, "weights": {**record["weights"], "source": source or path.name}})
     return _save_model(job, proto, output)

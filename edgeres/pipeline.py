@@ -14,7 +14,7 @@ from edgeres.files import atomic, sha256_file, write_json
 from edgeres.job import BATCH, Job
 from edgeres.layouts import open_images
 from edgeres.loader import Loader
-from edgeres.progress import say, track
+from edgeres.progress import busy, say, track
 from edgeres.runners import Runner, open_runner
 from edgeres.targets import load_target, scheme_for
 
@@ -43,10 +43,16 @@ def calibration_images(job: Job) -> ImageSet:
     return images
 
 
+def hashed(images: ImageSet) -> Manifest:
+    """The manifest of ``images``, which takes reading every file."""
+    with busy(f"hash {len(images):,} images"):
+        return Manifest.of(images)
+
+
 def calibrate_model(job: Job, output: Path | None = None) -> Path:
     """FP32 ONNX + images -> range table, measured anew."""
     images = calibration_images(job)
-    return make_table(job, graph.load(ensure_model(job)), images, Manifest.of(images), output)
+    return make_table(job, graph.load(ensure_model(job)), images, hashed(images), output)
 
 
 def make_table(job: Job, model: Any, images: ImageSet, manifest: Manifest, output: Path | None = None) -> Path:
@@ -73,7 +79,7 @@ def ensure_table(job: Job, model: Any) -> tuple[Path, RangeTable]:
         table.require({"model": graph.digest(model), "preprocess": preprocess_of(model).digest()})
         return Path(source), table
     images = calibration_images(job)
-    manifest = Manifest.of(images)
+    manifest = hashed(images)
     made_from = {"model": graph.digest(model), "images": manifest.digest(), "preprocess": preprocess_of(model).digest()}
     reason = "missing"
     if job.table.is_file():
@@ -113,7 +119,8 @@ def quantize_model(job: Job, output: Path | None = None) -> Path:
         say(f"{job.show(path)} is up to date")
         return path
     if engine.precision == "int8":
-        typed = quantize.int8(model, table, scheme, method)
+        with busy("find thresholds and quantize"):
+            typed = quantize.int8(model, table, scheme, method)
     else:
         typed = quantize.fp16(model) if engine.precision == "fp16" else model
     graph.set_metadata(typed, {**record, **made, "precision": engine.precision})
@@ -142,7 +149,8 @@ def ensure_engine(job: Job, output: Path | None = None) -> build.Engine:
             return engine
     except (InputError, StaleError, KeyError):
         pass
-    engine = build.build(typed, folder, name, target)
+    with busy("build and look at what fused"):
+        engine = build.build(typed, folder, name, target)
     say(f"built {job.show(engine.path)}: {engine.record['size_bytes'] / 1e6:.1f} MB")
     for note in engine.record["fusion"]["notes"]:
         say(f"note: {note}")
@@ -177,7 +185,7 @@ def validate_engines(job: Job, engines: list[build.Engine]) -> list[dict[str, An
             hint="give --labels FILE with one class name per line, in the model's order",
         )
     images = images.subset(section.limit, job.recipe.seed)
-    manifest = Manifest.of(images)
+    manifest = hashed(images)
     _refuse_overlap(job, manifest)
     loader = Loader(images, preprocess, BATCH, job.skip_bad)
     names = [engine.path.parent.name for engine in engines]

@@ -31,6 +31,17 @@ def say(message: str) -> None:
         console.print(message, highlight=False, markup=False, soft_wrap=True)
 
 
+@contextmanager
+def busy(what: str) -> Iterator[None]:
+    """A spinner on a terminal, for work of a few seconds that has no steps to count."""
+    console = _console.get()
+    if console is None or not console.is_terminal:
+        yield
+        return
+    with console.status(what):
+        yield
+
+
 class Step(Protocol):
     """Reports one more of ``total`` done, with a word about how it goes."""
 
