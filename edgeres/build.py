@@ -36,7 +36,7 @@ class Engine:
             raise InputError(
                 f"no engine at {path}",
                 evidence=f"there is no {RECORD} in {folder}",
-                hint="`edgeres build-engine` makes one",
+                hint="give an engine folder; `edgeres build-engine` with the same options makes one",
             )
         record = read_json(folder / RECORD, "engine record")
         if record.get("format") != FORMAT:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import sys
 from collections.abc import Callable
@@ -13,10 +14,13 @@ from rich.console import Console
 
 import edgeres
 from edgeres import progress
-from edgeres.errors import EdgeresError
+from edgeres.errors import EdgeresError, UsageError
 from edgeres.recipe import DEPTHS, METHODS, PRECISIONS, STRIDE_ON, find_workspace, load_recipe, merge, resolve
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+CANNOT_WRITE = {errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS}
 
 
 class Failure(click.ClickException):
@@ -43,6 +47,12 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except EdgeresError as error:
             raise Failure(error) from error
+        except OSError as error:
+            if error.errno not in CANNOT_WRITE:
+                raise
+            cause = f"cannot write {error.filename or 'a file'}"
+            hint = "make room there, or write elsewhere with -o or from another workspace"
+            raise Failure(EdgeresError(cause, evidence=error.strerror or "", hint=hint)) from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)  # in the order of the flow, not of the alphabet
@@ -118,7 +128,7 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
     "labels": recipe_option(
         "validation", "labels", "--labels", path=True, help="File with one class name per line, in the model's order."
     ),
-    "limit": recipe_option("validation", "limit", "--limit", type=int, help="Validate on at most this many images."),
+    "limit": recipe_option("validation", "limit", "--limit", type=int, help="At most this many images."),
     "max-drop": recipe_option(
         "budget", "max_drop", "--max-drop", type=float, help="Budget: top-1 points below FP32 that may be lost."
     ),
@@ -229,9 +239,14 @@ def pack(show: Any, source: Path, like: str | None, model: Path | None, skip_bad
 
     recipe = job().recipe
     preprocess = preprocess_like(recipe, like or (str(model) if model else None), default=True)
-    images = open_images(source, recipe.validation.labels).subset(recipe.validation.limit, recipe.seed)
+    if source.suffix == ".pack":
+        raise UsageError(f"{source} is a pack already", hint="give the images it was made from")
+    images = open_images(source, recipe.validation.labels)
+    # the limit of the workspace is for judging, not for packing: only a flag counts
+    limit = click.get_current_context().meta.get("flags", {}).get("validation", {}).get("limit")
     path = output or Path(f"{source.name}.pack")
-    packed = write_pack(images, preprocess, path, skip_bad=skip_bad)
+    packed = write_pack(images.subset(limit, recipe.seed), preprocess, path, skip_bad=skip_bad)
+    progress.say(f"{path}: {len(packed):,} of {len(images):,} images")
     show({"pack": str(path), "images": len(packed), "preprocess": preprocess.to_json()}, str(path))
 
 

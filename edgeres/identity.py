@@ -43,9 +43,11 @@ class Identity:
         best, other = sorted(self.divergence, key=self.divergence.__getitem__)[:2]
         fits = ", ".join(f"{v} {d:.4f}" for v, d in sorted(self.divergence.items()))
         ratio = self.divergence[other] / max(self.divergence[best], 1e-12)
+        far = self.divergence[best] > FITS
         sure = "" if self.variant else ", too little to tell"
         measured = f"divergence from the batch norm statistics {fits} nats, {self.images} images"
-        return f"{best} fits {ratio:.1f} times better than {other}{sure} ({measured})"
+        advice = "; are input size and preprocess those of the training?" if far else ""
+        return f"{best} fits {ratio:.1f} times better than {other}{sure} ({measured}){advice}"
 
 
 def identify(checkpoint: Checkpoint, pixels: np.ndarray, depth: int = 50) -> Identity:

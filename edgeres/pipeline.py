@@ -21,6 +21,7 @@ from edgeres.targets import load_target, scheme_for
 
 def run(job: Job, precisions: tuple[str, ...]) -> list[dict[str, Any]]:
     """Weights to verdict, for each of ``precisions`` -> one result each."""
+    validation_images(job)  # before the minutes that the rest takes
     engines = [ensure_engine(job.at(p)) for p in precisions]
     return validate_engines(job, engines)
 
@@ -157,14 +158,19 @@ def ensure_engine(job: Job, output: Path | None = None) -> build.Engine:
     return engine
 
 
-def validate_engines(job: Job, engines: list[build.Engine]) -> list[dict[str, Any]]:
-    """Engines against the FP32 baseline on the recipe's validation images -> one result each, written beside each."""
+def validation_images(job: Job, classes: int | None = None) -> ImageSet:
+    """The images that the recipe names for validation; ``classes`` is the model's number, if known."""
     section = job.recipe.validation
     if section.images is None:
         raise UsageError(
             "no validation images are named",
             hint='give --data DIR, or write images = "DIR" under [validation] in edgeres.toml',
         )
+    return open_images(section.images, section.labels, classes)
+
+
+def validate_engines(job: Job, engines: list[build.Engine]) -> list[dict[str, Any]]:
+    """Engines against the FP32 baseline on the recipe's validation images -> one result each, written beside each."""
     fp32 = ensure_model(job)
     model = graph.load(fp32)
     record = graph.normal_form(model, fp32)
@@ -178,13 +184,13 @@ def validate_engines(job: Job, engines: list[build.Engine]) -> list[dict[str, An
                 f"{job.show(engine.path)} was built from another model than {job.show(fp32)}",
                 hint="build it again, or name its FP32 model with --model",
             )
-    images = open_images(section.images, section.labels, record["classes"])
+    images = validation_images(job, record["classes"])
     if images.classes and len(images.classes) != record["classes"]:
         raise InputError(
-            f"the model has {record['classes']} classes, {section.images} has {len(images.classes)}",
+            f"the model has {record['classes']} classes, {images.root} has {len(images.classes)}",
             hint="give --labels FILE with one class name per line, in the model's order",
         )
-    images = images.subset(section.limit, job.recipe.seed)
+    images = images.subset(job.recipe.validation.limit, job.recipe.seed)
     manifest = hashed(images)
     _refuse_overlap(job, manifest)
     loader = Loader(images, preprocess, BATCH, job.skip_bad)
