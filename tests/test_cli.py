@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -280,3 +281,23 @@ def test_class_count_that_does_not_fit(workspace: Path, edgeres: Run, tiny_path:
         (workspace / "two" / f"c{i}" / "0.pgm").write_bytes(b"P5 8 8 255\n" + bytes([i]) * 64)
     result = edgeres("validate", "--model", tiny_path, "--precision", "fp32", "--data", "two")
     failed(result, 1, "4 classes", "has 2", "--labels")
+
+
+def test_a_folder_that_cannot_be_written(
+    workspace: Path, edgeres: Run, tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", "engines")
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    failed(edgeres("build-engine", "--model", tiny_path), 1, "cannot write engines", "Read-only file system", "Next: ")
+
+
+def test_a_pack_holds_the_whole_set_unless_a_flag_limits_it(workspace: Path, edgeres: Run, val_folder: Path) -> None:
+    with (workspace / "edgeres.toml").open("a", encoding="utf-8") as f:
+        f.write("limit = 3\n")  # under [validation]
+    whole = edgeres("pack", val_folder, "--input-size", 32, "-o", "whole.pack")
+    assert "24 of 24 images" in whole.stderr
+    some = edgeres("pack", val_folder, "--input-size", 32, "--limit", 5, "-o", "some.pack")
+    assert "5 of 24 images" in some.stderr
+    failed(edgeres("pack", "some.pack"), 2, "is a pack already")
