@@ -290,7 +290,13 @@ def test_a_folder_that_cannot_be_written(
         raise OSError(errno.EROFS, "Read-only file system", "engines")
 
     monkeypatch.setattr(Path, "mkdir", read_only)
-    failed(edgeres("build-engine", "--model", tiny_path), 1, "cannot write engines", "Read-only file system", "Next: ")
+    failed(
+        edgeres("build-engine", "--model", tiny_path, "--quiet"),
+        1,
+        "cannot write engines",
+        "Read-only file system",
+        "Next: ",
+    )
 
 
 def test_a_pack_holds_the_whole_set_unless_a_flag_limits_it(workspace: Path, edgeres: Run, val_folder: Path) -> None:
