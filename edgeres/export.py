@@ -142,24 +142,7 @@ def trace(model: nn.Module, input_size: int, opset: int, batch: int | None) -> A
                 "AdaptiveAvgPool2d(1), add, flatten, Linear",
             )
     nodes[-1].output[0] = graph.OUTPUT  # only the last node's result leaves the graph
-    N = batch if batch is not None else "N"
-    proto = helper.make_model(
-        helper.make_graph(
-            nodes,
-            type(model).__name__,
-            [helper.make_tensor_value_info(graph.INPUT, 1, [N, 3, input_size, input_size])],
-            [helper.make_tensor_value_info(graph.OUTPUT, 1, [N, classes])],
-            constants,
-        ),
-        opset_imports=[helper.make_opsetid("", opset)],
-        producer_name="edgeres",
-        producer_version=edgeres.__version__,
-    )
-    # the oldest IR that may carry this opset: runtimes refuse IR versions newer than themselves
-    proto.ir_version = helper.find_min_ir_version_for(proto.opset_import)
-    need("onnx.checker", "onnx").check_model(proto)
-    assert [o.version for o in proto.opset_import] == [opset]
-    return proto
+    return graph.assemble(nodes, constants, type(model).__name__, (3, input_size, input_size), classes, opset, batch)
 
 
 def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[np.ndarray, np.ndarray]:

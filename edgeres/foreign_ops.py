@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-import edgeres
 from edgeres import graph
 from edgeres.errors import BuildError, need
 
@@ -188,24 +187,7 @@ def write(ops: Sequence[Op], source: Op, opset: int, batch: int | None, title: s
                 constants.append(numpy_helper.from_array(np.ascontiguousarray(array, np.float32), inputs[-1]))
         attributes = {"Flatten": {"axis": 1}, "Gemm": {"transB": 1}}.get(op.kind, op.attributes)
         nodes.append(helper.make_node(op.kind, inputs, [results[op]], name=names[op], **attributes))
-    N = batch if batch is not None else "N"
-    proto = helper.make_model(
-        helper.make_graph(
-            nodes,
-            title,
-            [helper.make_tensor_value_info(graph.INPUT, 1, [N, *source.sizes[1:]])],
-            [helper.make_tensor_value_info(graph.OUTPUT, 1, [N, ops[-1].sizes[1]])],
-            constants,
-        ),
-        opset_imports=[helper.make_opsetid("", opset)],
-        producer_name="edgeres",
-        producer_version=edgeres.__version__,
-    )
-    # the oldest IR that may carry this opset: runtimes refuse IR versions newer than themselves
-    proto.ir_version = helper.find_min_ir_version_for(proto.opset_import)
-    need("onnx.checker", "onnx").check_model(proto)
-    assert [o.version for o in proto.opset_import] == [opset]
-    return proto
+    return graph.assemble(nodes, constants, title, tuple(source.sizes[1:]), ops[-1].sizes[1], opset, batch)
 
 
 def _names(ops: Sequence[Op]) -> dict[Op, str]:

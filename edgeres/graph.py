@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+import edgeres
 from edgeres.errors import InputError, need
 from edgeres.files import atomic, to_json
 
@@ -34,6 +35,37 @@ def load(path: Path) -> Any:
             evidence=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
             hint="it may be cut short or damaged; make or fetch it again",
         ) from error
+    return model
+
+
+def assemble(
+    nodes: list[Any],
+    constants: list[Any],
+    title: str,
+    image: tuple[int, ...],
+    classes: int,
+    opset: int,
+    batch: int | None,
+) -> Any:
+    """A checked model in normal form: `INPUT` (N, *image) to `OUTPUT` (N, classes), N free or ``batch``."""
+    helper = need("onnx.helper", "onnx")
+    N = batch if batch is not None else "N"
+    model = helper.make_model(
+        helper.make_graph(
+            nodes,
+            title,
+            [helper.make_tensor_value_info(INPUT, 1, [N, *image])],
+            [helper.make_tensor_value_info(OUTPUT, 1, [N, classes])],
+            constants,
+        ),
+        opset_imports=[helper.make_opsetid("", opset)],
+        producer_name="edgeres",
+        producer_version=edgeres.__version__,
+    )
+    # the oldest IR that may carry this opset: runtimes refuse IR versions newer than themselves
+    model.ir_version = helper.find_min_ir_version_for(model.opset_import)
+    need("onnx.checker", "onnx").check_model(model)
+    assert [o.version for o in model.opset_import] == [opset]
     return model
 
 
