@@ -16,14 +16,18 @@ SAMPLES = 200
 
 
 def latency(runners: dict[str, Runner], pixels: np.ndarray, samples: int | None = None) -> dict[str, np.ndarray]:
-    """Wall time of ``infer(pixels)`` in ms, ``samples`` (`SAMPLES`) per runner, after a warm-up that is not counted."""
+    """Wall time of ``infer(pixels)`` in ms, ``samples`` (`SAMPLES`) per runner, after a warm-up that is not counted.
+
+    Each runner gets pixels in the type it takes.
+    """
     samples = samples or SAMPLES
+    ready = {name: runner.prepare(pixels) for name, runner in runners.items()}
     times: dict[str, list[float]] = {name: [] for name in runners}
     with bar("measure latency", samples, "rounds") as step:
         for i in range(WARM_UP + samples):
             for name, runner in runners.items():
                 start = time.perf_counter()
-                runner.infer(pixels)
+                runner.infer(ready[name])
                 times[name].append(1e3 * (time.perf_counter() - start))
             if i >= WARM_UP:
                 step()

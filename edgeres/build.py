@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import shutil
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Any
 
 import edgeres
 from edgeres import graph
-from edgeres.errors import InputError, StaleError, need
+from edgeres.errors import InputError, StaleError
 from edgeres.files import atomic, read_json, sha256_file, write_json
-from edgeres.runners import Runner, open_runner
+from edgeres.recipe import Preprocess
+from edgeres.runners import Runner, executor, open_runner
 from edgeres.targets import Target
 
 FORMAT = "edgeres engine 1"
@@ -58,7 +58,9 @@ class Engine:
 
     def open(self) -> Runner:
         """Load the engine into its executor."""
-        return open_runner(self.path, self.record["executor"])
+        runner = open_runner(self.path, self.record["executor"])
+        runner.preprocess = Preprocess.from_json(self.record["preprocess"])
+        return runner
 
 
 def build(typed: Path, folder: Path, target_name: str, target: Target) -> Engine:
@@ -68,9 +70,10 @@ def build(typed: Path, folder: Path, target_name: str, target: Target) -> Engine
     made = graph.metadata(model)
     if "precision" not in made:
         raise InputError(f"{typed} was not made by edgeres", hint="give the file that `edgeres quantize` wrote")
-    fusion = audit(typed, made["precision"])
+    tool = executor(target.executor)
+    fusion = tool.audit(typed, made["precision"])
     path = folder / "engine.onnx"
-    # ONNX Runtime optimizes at load, for the CPU it finds: the portable file is the engine
+    # optimized at load, for the CPU that is found: the portable file is the engine
     with atomic(path) as temporary:
         shutil.copyfile(typed, temporary)
     record = {
@@ -80,47 +83,17 @@ def build(typed: Path, folder: Path, target_name: str, target: Target) -> Engine
         "size_bytes": path.stat().st_size,
         "target": target_name,
         "executor": target.executor,
-        **{k: made.get(k) for k in ("precision", "depth", "variant", "classes", "batch", "preprocess", "quantization")},
+        "precision": made["precision"],
+        **{k: made.get(k) for k in ("depth", "variant", "classes", "batch", "preprocess")},
+        **{k: made[k] for k in ("io", "quantization", "chosen", "kept_fp32") if k in made},
         "fusion": asdict(fusion),
         "made_from": {"onnx": sha256_file(typed), "model": made.get("model", graph.digest(model))},
         "built_with": {
             "edgeres": edgeres.__version__,
-            target.executor: need(target.executor, "onnx").__version__,
+            target.executor: tool.version(),
             "machine": platform.machine(),
         },
         "build_seconds": round(time.perf_counter() - start, 3),
     }
     write_json(folder / RECORD, record)
     return Engine(path, record)
-
-
-@dataclass(frozen=True)
-class Fusion:
-    """What ONNX Runtime really executes: operators and their number, and ``notes`` on what is not as asked."""
-
-    operators: dict[str, int]
-    notes: list[str]
-
-
-def audit(typed: Path, precision: str) -> Fusion:
-    """Load ``typed`` as the runner does and count what the optimized graph is made of."""
-    from edgeres.runners.onnxruntime import open_session
-
-    onnx = need("onnx", "onnx")
-    with tempfile.TemporaryDirectory() as scratch:
-        optimized = Path(scratch) / "optimized.onnx"
-        open_session(typed, optimized)
-        model = onnx.load(optimized)
-    counts = graph.count_ops(model)
-    half = {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT16}
-    convolutions = [n for n in model.graph.node if "Conv" in n.op_type]
-    slow = [n.name for n in convolutions if n.input[1] not in half and "QLinear" not in n.op_type]
-    notes = []
-    if precision == "fp16" and slow:
-        notes.append(
-            f"{len(slow)} of {len(convolutions)} convolutions are computed in FP32: ONNX Runtime has no FP16 kernels "
-            "for this CPU, so FP16 halves the file and gains no speed"
-        )
-    if precision == "int8" and slow:
-        notes.append(f"{len(slow)} of {len(convolutions)} convolutions stay in FP32, first {slow[0]}")
-    return Fusion(counts, notes)

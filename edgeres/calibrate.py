@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import base64
+import copy
+import functools
 import math
+import operator
+import time
 import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgeres import graph
+from edgeres import counting, graph
+from edgeres.counting import BINS as BINS
 from edgeres.errors import InputError, StaleError, need
-from edgeres.files import read_json, write_json
-from edgeres.loader import Batch
+from edgeres.files import digest, read_json, write_json
+from edgeres.loader import Batch, Loader, cores
+from edgeres.probe import Probe
+from edgeres.progress import say, track
 
-BINS = 2048
-"""Histogram bins on each side of zero."""
 FORMAT = "edgeres range table 1"
+SAVE_EVERY = 5.0
+"""Seconds between two saves of a partial table."""
+NO_IMAGES = "there are no images to calibrate on"
 
 
 @dataclass
@@ -35,34 +44,18 @@ class TensorRange:
     max: float = -math.inf
     count: int = 0
     zeros: int = 0
-    limit: float = 2.0**-116  # the smallest for which BINS / limit is a float32
+    limit: float = counting.SMALLEST
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(2 * BINS, np.int64))
 
     def update(self, values: np.ndarray) -> None:
-        """Add float32 ``values`` of any shape, all finite."""
+        """Add float32 ``values`` of any shape, at least one; `FloatingPointError` if one is not finite."""
         flat = values.reshape(-1)
-        lo, hi = float(flat.min()), float(flat.max())
+        lo, hi, zeros, self.limit = counting.count(flat, self.histogram, self.limit)
+        if not (math.isfinite(lo) and math.isfinite(hi)):
+            raise FloatingPointError("NaN or infinity")
         self.min, self.max = min(self.min, lo), max(self.max, hi)
         self.count += flat.size
-        self.zeros += flat.size - int(np.count_nonzero(flat))
-        self._grow(max(-lo, hi))
-        scale = np.float32(BINS / self.limit)
-        for start in range(0, flat.size, 1 << 16):  # pieces that stay in the cache
-            index = flat[start : start + (1 << 16)] * scale
-            np.floor(index, out=index)  # first, for adding BINS may round up across an edge
-            index += np.float32(BINS)
-            self.histogram += np.bincount(index.astype(np.int64), minlength=2 * BINS)
-
-    def _grow(self, largest: float) -> None:
-        """Double ``limit`` until it exceeds ``largest``; each doubling merges bins in pairs around zero."""
-        if largest < self.limit:
-            return
-        limit = 2.0 ** (math.floor(math.log2(largest)) + 1)
-        if self.histogram.any():
-            for _ in range(round(math.log2(limit / self.limit))):
-                merged = self.histogram.reshape(-1, 2).sum(1)
-                self.histogram = np.pad(merged, BINS // 2)
-        self.limit = limit
+        self.zeros += zeros
 
     def edges(self) -> np.ndarray:
         """Bin edges (2 BINS + 1,)."""
@@ -86,17 +79,35 @@ class TensorRange:
 
 @dataclass
 class RangeTable:
-    """What calibration measured. ``made_from`` holds the digests of model, images and preprocess."""
+    """What calibration measured. ``made_from`` holds the digests of model, images and preprocess.
+
+    With ``exponents``, ranges are those of the model that `equalize.equalize` makes with them.
+    """
 
     made_from: dict[str, str]
     images: int = 0
     skipped: list[str] = field(default_factory=list)
+    exponents: dict[str, list[int]] = field(default_factory=dict)
     tensors: dict[str, TensorRange] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"format": FORMAT, **vars(self), "tensors": {name: r.to_json() for name, r in self.tensors.items()}}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> RangeTable:
+        """The inverse of `to_json`; `ValueError` saying what is wrong."""
+        try:
+            tensors = {name: TensorRange.from_json(r) for name, r in value["tensors"].items()}
+            return cls(dict(value["made_from"]), value["images"], value["skipped"], dict(value["exponents"]), tensors)
+        except KeyError as error:
+            raise ValueError(f"{error} is missing") from error
+        except (AttributeError, TypeError, zlib.error) as error:
+            raise ValueError(str(error)) from error
 
     def save(self, path: Path) -> None:
         """Write as JSON, whole or not at all."""
-        tensors = {name: r.to_json() for name, r in self.tensors.items()}
-        write_json(path, {"format": FORMAT, **vars(self), "tensors": tensors})
+        write_json(path, self.to_json())
 
     @classmethod
     def load(cls, path: Path) -> RangeTable:
@@ -109,11 +120,9 @@ class RangeTable:
                 hint="`edgeres calibrate` writes one",
             )
         try:
-            tensors = {name: TensorRange.from_json(r) for name, r in value["tensors"].items()}
-            return cls(dict(value["made_from"]), value["images"], value["skipped"], tensors)
-        except (AttributeError, KeyError, TypeError, ValueError, zlib.error) as error:
-            evidence = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            raise InputError(f"range table {path} is damaged", evidence=evidence, hint="calibrate again") from error
+            return cls.from_json(value)
+        except ValueError as error:
+            raise InputError(f"range table {path} is damaged", evidence=str(error), hint="calibrate again") from error
 
     def require(self, made_from: dict[str, str]) -> None:
         """Raise `StaleError` naming each input that is not the one the table was measured on."""
@@ -128,31 +137,115 @@ class RangeTable:
             )
 
 
-def calibrate(model: Any, batches: Iterable[Batch], made_from: dict[str, str]) -> RangeTable:
-    """Run the FP32 ``model`` over ``batches`` and measure every tensor that INT8 may need."""
-    ort = need("onnxruntime", "onnx")
+@dataclass
+class Partial:
+    """A table on its way: ``done`` images of the set were looked at, ``skipped`` (path, reason) were left out of it."""
+
+    table: RangeTable
+    done: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def save(self, path: Path, inputs: dict[str, Any]) -> None:
+        """Write for a later `load` with the same ``inputs``."""
+        record = {"inputs": inputs, **vars(self), "table": self.table.to_json()}
+        write_json(path, {**record, "sha256": digest(record)})
+
+    @classmethod
+    def load(cls, path: Path, inputs: dict[str, Any], skip_bad: bool) -> Partial | None:
+        """What an earlier run left; None, and it is said why, if that is damaged or of no use to this run."""
+        if not path.is_file():
+            return None
+        try:
+            record = read_json(path, "partial range table")
+        except InputError:
+            record = {}
+        if record.pop("sha256", None) != digest(record):
+            why = "is damaged"
+        elif record["inputs"] != inputs:
+            why = "was measured on other inputs"
+        elif record["skipped"] and not skip_bad:
+            why = "leaves out unreadable images"
+        else:
+            say(f"resume at image {record['done']}")
+            skipped = [(path, reason) for path, reason in record["skipped"]]
+            return cls(RangeTable.from_json(record["table"]), record["done"], skipped)
+        say(f"{path.name} {why}: begin anew")
+        return None
+
+
+def calibrate(
+    model: Any, batches: Iterable[Batch], made_from: dict[str, str], partial: Path | None = None
+) -> RangeTable:
+    """Run the FP32 ``model`` over ``batches`` and measure every tensor that INT8 may need.
+
+    With ``partial``, ``batches`` must be a `Loader`: what is measured is kept at that path every few seconds and when
+    the run is cut short. The next run with the same inputs goes on from there, to the same table, and the file goes.
+    """
+    need("numba", "calibrate")
+    if not operator.length_hint(batches, 1):
+        raise InputError(NO_IMAGES)
     names = graph.activations(model)
-    probe = type(model)()
-    probe.CopyFrom(model)
-    probe.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "N"  # batches here need not be the model's own
-    helper = need("onnx.helper", "onnx")
-    inner = [n for n in names if n != graph.INPUT]
-    probe.graph.output.extend(helper.make_empty_tensor_value_info(n) for n in inner)
-    session = ort.InferenceSession(probe.SerializeToString(), providers=["CPUExecutionProvider"])
-    table = RangeTable(made_from, tensors={name: TensorRange() for name in names})
-    for batch in batches:
-        results = session.run(inner, {graph.INPUT: batch.pixels})
-        for name, values in zip((graph.INPUT, *inner), (batch.pixels, *results), strict=True):
-            with np.errstate(invalid="ignore"):  # inf - inf
-                total = values.sum(dtype=np.float64)
-            if not np.isfinite(total):
-                raise InputError(
-                    f"tensor {name} holds NaN or infinity",
-                    evidence=f"among images {batch.index[0]} to {batch.index[-1]} of the calibration set",
-                    hint="check the weights and the preprocess: no range can be derived from such values",
-                )
-            table.tensors[name].update(values)
-        table.images += len(batch.pixels)
-    if not table.images:
-        raise InputError("there are no images to calibrate on")
-    return table
+    probe = Probe(model, names)
+    now = Partial(RangeTable(made_from, tensors={name: TensorRange() for name in names}))
+    loader = batches if isinstance(batches, Loader) else None
+    inputs: dict[str, Any] = {}
+    if loader:
+        if partial:
+            inputs = {**made_from, "batch": loader.batch, "onnxruntime": need("onnxruntime", "onnx").__version__}
+            now = Partial.load(partial, inputs, loader.skip_bad) or now
+        batches = rest = replace(loader, images=loader.images.take(range(now.done, len(loader.images))), skipped=[])
+    first, earlier = now.done, now.skipped
+
+    def name_of(place: int) -> str:
+        return f"image {first + place}" + (f", {loader.images.paths[first + place]}" if loader else "")
+
+    # a partial table ends before a batch that came: then a readable image is left for the next run
+    safe, saved = now, time.monotonic()
+    try:
+        with ThreadPoolExecutor(cores()) as pool:
+            compiled = pool.submit(counting.compiled)  # while the first images are decoded
+            for batch in track(batches, "calibrate", operator.length_hint(batches)):
+                if partial:
+                    safe = copy.deepcopy(now)
+                    if safe.done and time.monotonic() > saved + SAVE_EVERY:
+                        safe.save(partial, inputs)
+                        saved = time.monotonic()
+                compiled.result()
+                _measure(now.table, probe, batch, pool, name_of)
+                if loader:  # its batches hold fewer images where some are unreadable: places count
+                    now.done = first + (int(batch.index[-1]) // loader.batch + 1) * loader.batch
+                    now.skipped = earlier + rest.skipped
+    except BaseException:
+        if partial and safe.done:
+            safe.save(partial, inputs)
+        raise
+    if not now.table.images:
+        raise InputError(NO_IMAGES)
+    if loader:
+        loader.skipped[:] = earlier + rest.skipped
+        now.table.skipped = [path for path, _ in loader.skipped]
+    if partial:
+        partial.unlink(missing_ok=True)
+    return now.table
+
+
+def _measure(
+    table: RangeTable, probe: Probe, batch: Batch, pool: ThreadPoolExecutor, name_of: Callable[[int], str]
+) -> None:
+    """Add one batch to ``table``; ``name_of`` says in an error which image is at a place."""
+
+    def update(start: int, tensors: dict[str, np.ndarray], name: str) -> None:
+        try:
+            table.tensors[name].update(tensors[name])
+        except FloatingPointError as error:
+            finite = [bool(np.isfinite(image).all()) for image in tensors[name]]
+            raise InputError(
+                f"tensor {name} holds NaN or infinity",
+                evidence=f"in {name_of(int(batch.index[start + finite.index(False)]))} of the calibration set",
+                hint="check the weights and the preprocess: no range can be derived from such values",
+            ) from error
+
+    for start, tensors in probe.run(batch.pixels):
+        for _ in pool.map(functools.partial(update, start, tensors), tensors):
+            pass  # in this order, so that an error names the first tensor that went wrong
+    table.images += len(batch.pixels)

@@ -15,7 +15,7 @@ from rich.console import Console
 import edgeres
 from edgeres import progress
 from edgeres.errors import EdgeresError, UsageError
-from edgeres.recipe import DEPTHS, METHODS, PRECISIONS, STRIDE_ON, find_workspace, load_recipe, merge, resolve
+from edgeres.recipe import AUTO, DEPTHS, IO, METHODS, PRECISIONS, STRIDE_ON, find_workspace, load_recipe, merge, resolve
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -108,7 +108,9 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
     "precision": recipe_option(
         "engine", "precision", "--precision", type=click.Choice(PRECISIONS), help="Precision of the engine."
     ),
-    "target": recipe_option("engine", "target", "--target", help="Who executes the engine: cpu."),
+    "target": recipe_option(
+        "engine", "target", "--target", help="Who executes the engine, and where: cpu, cpu-openvino, desktop, ..."
+    ),
     "calibration": recipe_option(
         "calibration",
         "images",
@@ -117,7 +119,13 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
         help="Image folder or list file to calibrate on, or a range table.",
     ),
     "method": recipe_option(
-        "calibration", "method", "--method", type=click.Choice(METHODS), help="How ranges become thresholds."
+        "calibration", "method", "--method", type=click.Choice((*METHODS, AUTO)), help="How ranges become thresholds."
+    ),
+    "equalize": recipe_option(
+        "calibration", "equalize", "--equalize/--no-equalize", default=None, help="Even out channels first; done."
+    ),
+    "io": recipe_option(
+        "engine", "io", "--io", type=click.Choice(IO), help="What the engine takes: fp32, fp16, or raw uint8 pixels."
     ),
     "calibration-limit": recipe_option(
         "calibration", "limit", "--limit", type=int, help="Calibrate on at most this many images."
@@ -193,7 +201,19 @@ def cli() -> None:
 
 NETWORK = ("depth", "variant", "weights")
 EXPORT = ("input-size", "resize", "opset", "batch", "calibration", "seed", "skip-bad")
-BUILD = ("precision", "target", "model", "calibration", "method", "calibration-limit", "seed", "skip-bad", "force")
+BUILD = (
+    "precision",
+    "target",
+    "io",
+    "model",
+    "calibration",
+    "method",
+    "equalize",
+    "calibration-limit",
+    "seed",
+    "skip-bad",
+    "force",
+)
 
 
 @command(*NETWORK, "classes", *EXPORT, "force", "output")
@@ -250,7 +270,7 @@ def pack(show: Any, source: Path, like: str | None, model: Path | None, skip_bad
     show({"pack": str(path), "images": len(packed), "preprocess": preprocess.to_json()}, str(path))
 
 
-@command(*NETWORK, "model", "calibration", "calibration-limit", "seed", "skip-bad", "force", "output")
+@command(*NETWORK, "model", "calibration", "equalize", "calibration-limit", "seed", "skip-bad", "force", "output")
 def calibrate(show: Any, output: Path | None, **options: Any) -> None:
     """FP32 ONNX + images -> range table."""
     from edgeres import pipeline
@@ -310,9 +330,10 @@ def run(show: Any, recipe: Path, output: Path | None, **options: Any) -> None:
     _show_results(show, results)
 
 
-@command("depth", "variant", "classes", "input-size")
+@command("depth", "variant", "classes", "input-size", "output")
 @click.argument("path", type=PATH, required=False)
-def inspect(show: Any, path: Path | None) -> None:
+@click.option("--plot", metavar="TENSOR", help="Draw a range table's histogram of this tensor to -o FILE.png or .svg.")
+def inspect(show: Any, path: Path | None, plot: str | None, output: Path | None) -> None:
     """The network, or what is inside an artifact.
 
     Without PATH, the stage table: output sizes, parameters, multiply-adds. PATH is an ONNX file, a range table or an
@@ -320,7 +341,12 @@ def inspect(show: Any, path: Path | None) -> None:
     """
     from edgeres import inspect as inspection
 
-    if path is None:
+    if (plot is None) != (output is None) or (plot and path is None):
+        raise UsageError("a plot needs a range table, --plot TENSOR and -o FILE")
+    if plot and path and output:
+        inspection.plot(path, plot, output)
+        show({"plot": str(output)}, str(output))
+    elif path is None:
         recipe = job().recipe
         show(*inspection.network(recipe.model, recipe.preprocess.crop))
     else:

@@ -55,6 +55,11 @@ class ImageSet:
         }
         return self.take(sorted(sorted(rank, key=rank.__getitem__)[:limit]))
 
+    def without(self, other: ImageSet) -> ImageSet:
+        """The images that are not in ``other``, by path."""
+        theirs = set(other.paths)
+        return self.take([i for i, path in enumerate(self.paths) if path not in theirs])
+
     def take(self, keep: Sequence[int]) -> ImageSet:
         """The images at these places, in this order."""
         labels = tuple(self.labels[i] for i in keep) if self.labels is not None else None

@@ -19,6 +19,8 @@ from edgeres.files import atomic, to_json
 
 METADATA_KEY = "edgeres"
 INPUT, OUTPUT = "input", "logits"
+LAYERS = ("Conv", "Gemm")
+"""Operators with weights, whose output channels lie on axis 0 of the weight."""
 
 
 def load(path: Path) -> Any:
@@ -148,9 +150,42 @@ def activations(model: Any) -> list[str]:
     return [n for n in names if n not in ends and {r.op_type for r in readers.get(n, [])} not in ({"Relu"}, set())]
 
 
+def main_branch(model: Any, add: Any) -> str | None:
+    """The input of a residual Add that comes bare from a convolution, into which the Add is fused; the longer of two.
+
+    TensorRT does not fuse across a Q/DQ pair there; one on the other input is what lets the sum run in INT8.
+    """
+    producer = {out: node for node in model.graph.node for out in node.output}
+    readers = consumers(model)
+
+    def layers(tensor: str) -> int:
+        """Layers on the longest way from the graph's input."""
+        node = producer.get(tensor)
+        return 0 if node is None else (node.op_type in LAYERS) + max(depth[i] for i in node.input)
+
+    depth: dict[str, int] = dict.fromkeys([model.graph.input[0].name, *(t.name for t in model.graph.initializer)], 0)
+    for node in model.graph.node:
+        depth.update({out: layers(out) for out in node.output})
+    bare = [i for i in add.input if i in producer and producer[i].op_type == "Conv" and len(readers[i]) == 1]
+    return max(bare, key=depth.__getitem__, default=None)
+
+
 def count_ops(model: Any) -> dict[str, int]:
     """Operator type -> number of nodes, most frequent first."""
     counts: dict[str, int] = {}
     for node in model.graph.node:
         counts[node.op_type] = counts.get(node.op_type, 0) + 1
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def raise_opset(model: Any, opset: int) -> None:
+    """Let ``model`` import at least ``opset``, in place.
+
+    The operators of a normal form and of Q/DQ mean the same from 13 to 22: they gained types, and attributes whose
+    defaults are what was meant before (ONNX, Changelog.md).
+    """
+    helper = need("onnx.helper", "onnx")
+    for entry in model.opset_import:
+        if entry.domain in ("", "ai.onnx"):
+            entry.version = max(entry.version, opset)
+    model.ir_version = max(model.ir_version, helper.find_min_ir_version_for(model.opset_import))

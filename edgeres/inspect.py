@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -38,7 +40,7 @@ def network(section: ModelSection, input_size: int) -> tuple[dict[str, Any], Ren
         "mac_rule": MAC_RULE,
         "stages": [vars(r) for r in rows],
     }
-    return value, Group(out, Text(f"Counted: {MAC_RULE}. ResNet-50's often quoted 3.8e9 is v1 at 224.", style="dim"))
+    return value, Trimmed(out, Text(f"Counted: {MAC_RULE}. ResNet-50's often quoted 3.8e9 is v1 at 224.", style="dim"))
 
 
 def artifact(path: Path) -> tuple[dict[str, Any], RenderableType]:
@@ -73,26 +75,73 @@ def _onnx(path: Path) -> tuple[dict[str, Any], RenderableType]:
 
 def _range_table(path: Path) -> tuple[dict[str, Any], RenderableType]:
     from edgeres.calibrate import RangeTable
-    from edgeres.thresholds import METHODS
+    from edgeres.thresholds import METHODS, PERCENTILE
 
     table = RangeTable.load(path)
     tensors: dict[str, dict[str, Any]] = {}
-    out = _table("tensor", "min", "max", *METHODS, title=f"{path}: {table.images} images", right=1)
+    shown = [m for m in METHODS if m != "minmax"]  # is to be seen in min and max
+    columns = (m.replace("percentile-", "p").replace("percentile", f"p{PERCENTILE}") for m in shown)
+    out = _table("tensor", "min", "max", *columns, title=f"{path}: {table.images} images", right=1)
     for name, r in table.tensors.items():
         thresholds = {m: f(r, 255) for m, f in METHODS.items()}
         tensors[name] = {"min": r.min, "max": r.max, "count": r.count, "zeros": r.zeros, "thresholds": thresholds}
-        ends = (max(-lo, hi) for lo, hi in thresholds.values())
+        ends = (max(-lo, hi) for lo, hi in (thresholds[m] for m in shown))
         out.add_row(Text(name), f"{r.min:.3f}", f"{r.max:.3f}", *(f"{e:.3f}" for e in ends))
-    note = "Under each method: the largest magnitude that uint8 with a zero point represents."
+    note = "Under each method (p99.9: percentile): the largest magnitude that uint8 with a zero point represents."
     value = {"images": table.images, "skipped": table.skipped, "made_from": table.made_from, "tensors": tensors}
-    return value, Group(out, Text(note, style="dim"))
+    return value, Trimmed(out, Text(note, style="dim"))
+
+
+def plot(path: Path, tensor: str, output: Path) -> None:
+    """Draw ``tensor`` of the range table at ``path``."""
+    from edgeres.calibrate import RangeTable
+    from edgeres.plot import histogram
+
+    histogram(RangeTable.load(path), tensor, output)
 
 
 def _record(title: str, value: dict[str, Any]) -> RenderableType:
-    out = _table("", "", title=title)
+    return Trimmed(Text(title, style="bold"), *_rows(value, ""))
+
+
+def _rows(value: dict[str, Any], indent: str) -> Iterator[RenderableType]:
+    """One row per key, those of a record within a record below its name and further in."""
+    width = max((len(key) for key, item in value.items() if not (item and isinstance(item, dict))), default=0)
     for key, item in value.items():
-        out.add_row(key, Text(item if isinstance(item, str) else to_json(item)))
-    return out
+        if item and isinstance(item, dict):
+            yield Text(indent + key)
+            yield from _rows(item, indent + "  ")
+        else:
+            row = Table.grid(padding=(0, 2, 0, 0))
+            row.add_column(width=len(indent) + width)
+            row.add_column(overflow="fold")
+            row.add_row(Text(indent + key), Text(_shown(item)))
+            yield row
+
+
+def _shown(item: Any) -> str:
+    if isinstance(item, list) and not any(isinstance(i, dict | list) for i in item):
+        return ", ".join(map(_shown, item)) or "none"
+    if item is None or item == {}:
+        return "none"
+    return item if isinstance(item, str) else f"{item:.6g}" if isinstance(item, float) else to_json(item)
+
+
+class Trimmed:
+    """Some renderables below each other, without the blanks that rich puts at the end of lines."""
+
+    def __init__(self, *parts: RenderableType) -> None:
+        self.parts = Group(*parts)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for line in console.render_lines(self.parts, options, pad=False):
+            while line and not line[-1].text.strip():
+                line.pop()
+            if line:
+                text, style, control = line.pop()
+                line.append(Segment(text.rstrip(), style, control))
+            yield from line
+            yield Segment.line()
 
 
 def _table(*columns: str, title: str, right: int = 99) -> Table:

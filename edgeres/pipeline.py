@@ -5,18 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from edgeres import benchmark, build, graph, quantize, report, validate
-from edgeres.baseline import ensure_model, preprocess_of, recorded
+from edgeres import benchmark, build, calibration_cache, equalize, graph, report, tune, validate
+from edgeres.baseline import ensure_model, preprocess_of, recorded, sample_images
 from edgeres.calibrate import RangeTable, calibrate
 from edgeres.data import ImageSet, Manifest
-from edgeres.errors import InputError, StaleError, UsageError, need
+from edgeres.errors import InputError, StaleError, UsageError
 from edgeres.files import atomic, sha256_file, write_json
+from edgeres.fp16 import fp16, magnitudes
+from edgeres.interface import interface
 from edgeres.job import BATCH, Job
 from edgeres.layouts import open_images
+from edgeres.lint import float_operators, require_clean
 from edgeres.loader import Loader
 from edgeres.progress import busy, say, track
-from edgeres.runners import Runner, open_runner
-from edgeres.targets import load_target, scheme_for
+from edgeres.quantize import Scheme
+from edgeres.recipe import AUTO
+from edgeres.runners import Runner, executor, open_runner
+from edgeres.targets import Target, load_target, scheme_for
 
 
 def run(job: Job, precisions: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -60,16 +65,31 @@ def make_table(job: Job, model: Any, images: ImageSet, manifest: Manifest, outpu
     """Calibrate ``model`` on ``images`` -> range table, with the manifest of the images beside it."""
     preprocess = preprocess_of(model)
     loader = Loader(images, preprocess, BATCH, job.skip_bad)
-    made_from = {"model": graph.digest(model), "images": manifest.digest(), "preprocess": preprocess.digest()}
-    table = calibrate(model, track(loader, "calibrate", len(loader)), made_from)
-    table.skipped = [path for path, _ in loader.skipped]
-    _report_skipped(loader)
+    made_from = _inputs(job, model, manifest)
     path = output or job.table
+    exponents = {}
+    if job.recipe.calibration.equalize:
+        few = Loader(images.take(range(min(equalize.IMAGES, len(images)))), preprocess, BATCH, job.skip_bad)
+        exponents = equalize.measure(model, track(few, "even out channels", len(few)))
+        model = equalize.equalize(model, exponents)
+    table = calibrate(model, loader, made_from, path.with_name(path.name + ".part"))
+    table.exponents = exponents
+    _report_skipped(loader)
     with atomic(path.with_suffix(".txt")) as temporary:
         temporary.write_text(manifest.to_text(), encoding="utf-8", errors="surrogateescape")
     table.save(path)
     say(f"wrote {job.show(path)}: {len(table.tensors)} tensors over {table.images} images")
     return path
+
+
+def _inputs(job: Job, model: Any, manifest: Manifest) -> dict[str, str]:
+    """What a range table is made from."""
+    return {
+        "model": graph.digest(model),
+        "images": manifest.digest(),
+        "preprocess": preprocess_of(model).digest(),
+        "channels": "evened out" if job.recipe.calibration.equalize else "as they are",
+    }
 
 
 def ensure_table(job: Job, model: Any) -> tuple[Path, RangeTable]:
@@ -81,7 +101,7 @@ def ensure_table(job: Job, model: Any) -> tuple[Path, RangeTable]:
         return Path(source), table
     images = calibration_images(job)
     manifest = hashed(images)
-    made_from = {"model": graph.digest(model), "images": manifest.digest(), "preprocess": preprocess_of(model).digest()}
+    made_from = _inputs(job, model, manifest)
     reason = "missing"
     if job.table.is_file():
         try:
@@ -96,7 +116,7 @@ def ensure_table(job: Job, model: Any) -> tuple[Path, RangeTable]:
 
 
 def quantize_model(job: Job, output: Path | None = None) -> Path:
-    """FP32 ONNX -> typed ONNX for the recipe's precision and target."""
+    """FP32 ONNX -> typed ONNX for the recipe's precision, target and interface."""
     engine = job.recipe.engine
     target = load_target(engine.target, engine.precision)
     if engine.precision == "int8":
@@ -105,32 +125,88 @@ def quantize_model(job: Job, output: Path | None = None) -> Path:
     model = graph.load(fp32)
     record = graph.normal_form(model, fp32)
     path = output or job.folder / "model.onnx"
-    made: dict[str, Any] = {"model": graph.digest(model)}
+    asked = {**record, "model": graph.digest(model), "precision": engine.precision, "io": engine.io}
     if engine.precision == "int8":
         table_path, table = ensure_table(job, model)
-        scheme, method = scheme_for(target), job.recipe.calibration.method
-        made["quantization"] = {
+        scheme = scheme_for(target)
+        asked["quantization"] = {
             "scheme": scheme.name,
-            "method": method,
+            "method": job.recipe.calibration.method,
             "weight_bits": scheme.weight_bits,
+            "rest": scheme.rest,
             "table": sha256_file(table_path),
             "images": table.images,
         }
-    if path.is_file() and recorded(path) == {**record, **made, "precision": engine.precision}:
+    have = recorded(path) if path.is_file() else {}
+    if {k: v for k, v in have.items() if k not in MEASURED} == asked:
         say(f"{job.show(path)} is up to date")
         return path
+    measured: dict[str, Any] = {}
     if engine.precision == "int8":
-        with busy("find thresholds and quantize"):
-            typed = quantize.int8(model, table, scheme, method)
+        typed, measured["chosen"] = _int8(job, model, table, scheme, path, target)
     else:
-        typed = quantize.fp16(model) if engine.precision == "fp16" else model
-    graph.set_metadata(typed, {**record, **made, "precision": engine.precision})
+        typed = fp16(model, _magnitudes(job, model)) if engine.precision == "fp16" else model
+    if kept := graph.metadata(typed).get("kept_fp32"):
+        measured["kept_fp32"] = kept
+    typed = interface(typed, engine.io, preprocess_of(model))
+    graph.set_metadata(typed, {**asked, **measured})
     graph.save(typed, path)
-    say(
-        f"wrote {job.show(path)}: {engine.precision}"
-        + (f", {method}, scheme {scheme.name}" if "quantization" in made else "")
-    )
+    chosen = measured.get("chosen")
+    how = f", {chosen['method']}, scheme {scheme.name}" if chosen else ""
+    held = chosen and chosen["held_out"]
+    close = f": {held['sqnr_db']:.1f} dB, {held['agreement']:.1f}% as FP32 on {held['images']} images" if held else ""
+    say(f"wrote {job.show(path)}: {engine.precision}{how}{close}")
     return path
+
+
+MEASURED = ("chosen", "kept_fp32")
+"""What a typed model records beside what was asked for."""
+
+
+def _int8(
+    job: Job, model: Any, table: RangeTable, scheme: Scheme, path: Path, target: Target
+) -> tuple[Any, dict[str, Any]]:
+    """The quantized model for ``scheme``, and a record of how it was chosen."""
+    if stay := float_operators(model):
+        say(f"in {scheme.rest.upper()}: {', '.join(f'{n} {op}' for op, n in stay.items())}, which INT8 does not cover")
+    method = job.recipe.calibration.method
+    held = held_out(job, model)
+    if held is None and method == AUTO:
+        raise UsageError("auto measures fidelity on images, and only a range table is given", hint="give --method mse")
+    choice = tune.choose(model, table, scheme, method, held)
+    tried = {name: vars(fidelity) for name, fidelity in choice.tried.items()}
+    record = {"method": choice.method, "kept": choice.kept, "held_out": tried.get(choice.method), "tried": tried}
+    if scheme.name == "implicit":
+        text = calibration_cache.write(calibration_cache.scales(model, table, choice.method), target.tensorrt or "")
+        with atomic(path.with_suffix(".cache")) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        return equalize.equalize(model, table.exponents), record
+    require_clean(choice.model, scheme)
+    if scheme.rest == "fp16":
+        return fp16(choice.model, _magnitudes(job, equalize.equalize(model, table.exponents))), record
+    return choice.model, record
+
+
+def held_out(job: Job, model: Any) -> tune.Held | None:
+    """Calibration images that were not calibrated on, with FP32's answers; None if only a table is given."""
+    source = calibration_source(job)
+    if source.endswith(".json"):
+        return None
+    images, limit, seed = open_images(source), job.recipe.calibration.limit, job.recipe.seed
+    rest = images.subset(limit + tune.HELD_OUT, seed).without(images.subset(limit, seed))
+    if len(rest) < tune.HELD_OUT // 4:
+        say(f"fidelity is measured on calibration images: the set has only {len(images)}")
+        rest = images.subset(tune.HELD_OUT, seed)
+    return tune.Held(model, Loader(rest, preprocess_of(model), BATCH, skip_bad=True))
+
+
+def _magnitudes(job: Job, model: Any) -> dict[str, float]:
+    """What the tensors of ``model`` reach on a few calibration images, to see what would overflow FP16."""
+    pixels = sample_images(job, preprocess_of(model))[:BATCH]
+    if len(pixels):
+        return magnitudes(model, pixels)
+    say("activations not checked for FP16 overflow: that takes images; name some with --calibration")
+    return {}
 
 
 def ensure_engine(job: Job, output: Path | None = None) -> build.Engine:
@@ -141,7 +217,7 @@ def ensure_engine(job: Job, output: Path | None = None) -> build.Engine:
     folder = output or job.folder
     try:
         engine = build.Engine.load(folder)
-        version = need(target.executor, "onnx").__version__
+        version = executor(target.executor).version()
         if (
             engine.record["made_from"]["onnx"] == sha256_file(typed)
             and engine.record["built_with"][target.executor] == version

@@ -1,57 +1,89 @@
-"""FP32 ONNX + range table + scheme -> INT8 as Q/DQ nodes; FP32 ONNX -> FP16 as typed tensors.
+"""FP32 ONNX + range table + scheme -> INT8 as Q/DQ nodes.
 
 Precision lives in the graph: whoever loads the file needs no flag to know what was meant.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from edgeres import graph
-from edgeres.calibrate import RangeTable
+from edgeres.calibrate import BINS, RangeTable, TensorRange
+from edgeres.equalize import equalize
 from edgeres.errors import InputError, need
 from edgeres.thresholds import METHODS
 
 SAME_VALUES = ("MaxPool", "Flatten")
-"""Operators whose outputs are some of their inputs: both sides share one scale, so that no rescaling is needed."""
+"""Operators whose outputs are some of their inputs: no rescaling is needed if both sides share one scale."""
+POOLS = ("GlobalAveragePool", "AveragePool")
+INTEGER = (*graph.LAYERS, *SAME_VALUES, *POOLS, "Add", "Relu", "Clip")
+"""Operators that executors compute on integers. What a graph has besides stays in floating point."""
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How Q/DQ is laid for an executor.
+    """How Q/DQ is laid for an executor (docs/schemes.md says why).
 
-    Activations: one scale and zero point per tensor, uint8, on every operator's input and output. Weights: int8,
-    symmetric, one scale per output channel, shape (K,), with ``weight_bits`` of the 8 used. Biases: int32 at
-    activation scale * weight scale.
+    Activations have one scale per tensor, (): ``signed`` int8, symmetric, zero point 0, scale = threshold / 127; else
+    uint8 with a zero point. ``everywhere``: a pair on both sides of every integer operator; else only on what a layer,
+    a pool or an Add reads. ``main_branch``: also on the input of an Add that comes bare from a convolution. Weights are
+    int8, symmetric, one scale per output channel (K,), with ``weight_bits`` of the 8 used; ``int8_weights``: stored so,
+    else FP32 through Q and DQ. ``int32_bias``: biases as int32 at activation scale * weight scale, else float.
+    ``rest``: precision of what is not INT8.
     """
 
     name: str
+    signed: bool = False
+    everywhere: bool = True
+    main_branch: bool = True
+    int8_weights: bool = True
+    int32_bias: bool = True
     weight_bits: int = 8
+    rest: str = "fp32"
 
 
-def int8(model: Any, table: RangeTable, scheme: Scheme, method: str) -> Any:
-    """Quantize a model in normal form -> ModelProto. Raises `StaleError` if ``table`` is of another model."""
+SCHEMES = {
+    s.name: s
+    for s in (
+        Scheme("onnxruntime"),
+        Scheme("openvino", main_branch=False, int32_bias=False),
+        Scheme("tensorrt", True, False, False, int8_weights=False, int32_bias=False, rest="fp16"),
+        # no graph of its own: ranges in a calibration cache, beside the FP32 graph. This one simulates it
+        Scheme("implicit", True, int8_weights=False, int32_bias=False, rest="fp16"),
+    )
+}
+
+
+def int8(model: Any, table: RangeTable, scheme: Scheme, method: str, keep: Collection[str] = ()) -> Any:
+    """Quantize a model in normal form -> ModelProto, INT8 and FP32.
+
+    ``keep`` names nodes that stay in floating point. Raises `StaleError` if ``table`` is of another model.
+    """
     table.require({"model": graph.digest(model)})
     helper, numpy_helper = need("onnx.helper", "onnx"), need("onnx.numpy_helper", "onnx")
-    out = type(model)()
-    out.CopyFrom(model)
+    if done := [n.name for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]:
+        raise InputError("the model is quantized already", evidence=f"node {done[0]}", hint="give the FP32 model")
+    out = equalize(model, table.exponents)
     g = out.graph
-    weights = graph.initializers(model)
-    scales = activation_scales(model, table, method)
+    weights = graph.initializers(out)
+    tensors = pairs(model, scheme, keep)
+    scales = activation_scales(model, table, scheme, method, tensors)
     nodes: list[Any] = []
     constants: dict[str, np.ndarray] = {}
     held: dict[str, str] = {}  # tensor -> its dequantized name, once it has been through a Q/DQ pair
 
-    def pair(tensor: str) -> None:
-        """Quantize and dequantize ``tensor``; its readers then read the dequantized one."""
-        scale, zero = f"{tensor}.scale", f"{tensor}.zero_point"
-        constants[scale], constants[zero] = scales[tensor]
-        q, held[tensor] = f"{tensor}.q", f"{tensor}.dq"
-        nodes.append(helper.make_node("QuantizeLinear", [tensor, scale, zero], [q], name=q))
-        nodes.append(helper.make_node("DequantizeLinear", [q, scale, zero], [held[tensor]], name=held[tensor]))
+    def pair(tensor: str, scale: np.ndarray, zero: np.ndarray, **axis: int) -> str:
+        """Quantize and dequantize ``tensor`` -> the dequantized name."""
+        parts = [f"{tensor}.scale", f"{tensor}.zero_point"]
+        constants.update(zip(parts, (scale, zero), strict=True))
+        q, dq = f"{tensor}.q", f"{tensor}.dq"
+        nodes.append(helper.make_node("QuantizeLinear", [tensor, *parts], [q], name=q, **axis))
+        nodes.append(helper.make_node("DequantizeLinear", [q, *parts], [dq], name=dq, **axis))
+        return dq
 
     def constant(name: str, integers: np.ndarray, scale: np.ndarray) -> str:
         """Store ``integers`` with ``scale`` (K,) along axis 0, dequantized by a node of its own."""
@@ -60,64 +92,107 @@ def int8(model: Any, table: RangeTable, scheme: Scheme, method: str) -> Any:
         nodes.append(helper.make_node("DequantizeLinear", parts, [f"{name}.dq"], name=f"{name}.dq", axis=0))
         return f"{name}.dq"
 
-    if graph.INPUT in scales:
-        pair(graph.INPUT)
+    if graph.INPUT in tensors:
+        held[graph.INPUT] = pair(graph.INPUT, *scales[graph.INPUT])
     for node in g.node:
         new = type(node)()
         new.CopyFrom(node)
-        if node.op_type in ("Conv", "Gemm") and node.input[1] in weights and node.input[0] in scales:
+        if node.op_type in graph.LAYERS and node.name not in keep and node.input[0] in held:
             _check_gemm(node)
-            data, weight, bias = node.input
-            w, w_scale = quantize_weight(weights[weight], weights[bias], scales[data][0], scheme.weight_bits)
-            b_scale = scales[data][0] * w_scale
-            new.input[1] = constant(weight, w, w_scale)
-            new.input[2] = constant(bias, np.rint(weights[bias] / b_scale).astype(np.int32), b_scale)
+            data, weight, *bias = node.input
+            x_scale, w = scales[data][0], weights[weight]
+            b = weights[bias[0]] if bias and scheme.int32_bias else np.zeros(len(w), np.float32)
+            integers, w_scale = quantize_weight(w, scheme.weight_bits, np.abs(b) / x_scale, scheme.rest)
+            if scheme.int8_weights:
+                new.input[1] = constant(weight, integers, w_scale)
+            else:
+                new.input[1] = pair(weight, w_scale, np.zeros(len(w_scale), np.int8), axis=0)
+            if bias and scheme.int32_bias:
+                b_scale = x_scale * w_scale
+                new.input[2] = constant(bias[0], np.rint(b / b_scale).astype(np.int32), b_scale)
         for i, name in enumerate(new.input):
             new.input[i] = held.get(name, name)
         nodes.append(new)
         for tensor in node.output:
-            if tensor in scales:
-                pair(tensor)
+            if tensor in tensors:
+                held[tensor] = pair(tensor, *scales[tensor])
     kept = {name for node in nodes for name in node.input}
-    del g.node[:], g.initializer[:]
+    del g.node[:], g.initializer[:], g.value_info[:]
     g.node.extend(nodes)
     g.initializer.extend(numpy_helper.from_array(a, name) for name, a in (weights | constants).items() if name in kept)
     graph.set_metadata(out, {**graph.metadata(model), "precision": "int8"})
     return out
 
 
-def activation_scales(model: Any, table: RangeTable, method: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Tensor -> (scale float32 (), zero point uint8 ()), so that real = (integer - zero point) * scale."""
-    scales: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    wanted = set(graph.activations(model))
-    if missing := wanted - table.tensors.keys():
-        raise InputError(f"the range table does not cover tensor {min(missing)}", hint="calibrate this model again")
-    for name in (graph.INPUT, *(o for node in model.graph.node for o in node.output)):
-        source = _source(model, name)
-        if source != name and source in scales:
-            scales[name] = scales[source]
-        elif name in wanted:
-            lo, hi = METHODS[method](table.tensors[name], 255)
+def pairs(model: Any, scheme: Scheme, keep: Collection[str] = ()) -> set[str]:
+    """Tensors that go through a Q/DQ pair under ``scheme``."""
+    readers = graph.consumers(model)
+    nodes = [n for n in model.graph.node if n.name not in keep]
+    if scheme.everywhere:
+        tensors = {name for n in nodes if n.op_type in INTEGER for name in (*n.input, *n.output)}
+        # what only a ReLU reads is fused into its producer; what nobody reads is the output
+        tensors = {t for t in tensors if not {r.op_type for r in readers.get(t, [])} <= {"Relu", "Clip"}}
+    else:
+        tensors = {n.input[0] for n in nodes if n.op_type in (*graph.LAYERS, *POOLS)}
+        tensors |= {name for n in nodes if n.op_type == "Add" for name in n.input}
+    if not scheme.main_branch:
+        tensors -= {graph.main_branch(model, n) for n in nodes if n.op_type == "Add"}
+    return tensors - {t.name for t in model.graph.initializer} - {o.name for o in model.graph.output}
+
+
+def activation_scales(
+    model: Any, table: RangeTable, scheme: Scheme, method: str, tensors: Collection[str]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Tensor -> (scale float32 (), zero point int8 or uint8 ()), so that real = (integer - zero point) * scale."""
+    scales = {}
+    for name in sorted(tensors):
+        source = _source(model, name, SAME_VALUES if scheme.everywhere else ("Flatten",))
+        if source not in table.tensors:
+            raise InputError(f"the range table does not cover tensor {source}", hint="calibrate this model again")
+        measured = table.tensors[source]
+        if scheme.signed:
+            scale = np.float32(METHODS[method](magnitudes(measured), 127)[1] / 127)
+            zero = np.asarray(0, np.int8)
+        else:
+            lo, hi = METHODS[method](measured, 255)
             scale = np.float32((hi - lo) / 255)
-            scale = scale if scale > np.finfo(np.float32).tiny else np.float32(1)  # a constant zero: any scale will do
-            scales[name] = np.asarray(scale), np.asarray(np.clip(np.rint(-lo / scale), 0, 255), np.uint8)
+            zero = np.asarray(np.clip(np.rint(-lo / scale) if scale else 0, 0, 255), np.uint8)
+        least = np.finfo(np.float16 if scheme.rest == "fp16" else np.float32).tiny
+        scales[name] = np.asarray(scale if scale > least else np.float32(1)), zero  # a constant zero: any will do
     return scales
 
 
+def magnitudes(r: TensorRange) -> TensorRange:
+    """The range of |x|: what a symmetric scheme divides into 127 steps."""
+    counts = np.zeros_like(r.histogram)
+    counts[BINS:] = r.histogram[BINS:] + r.histogram[BINS - 1 :: -1]
+    return replace(r, min=0.0, max=max(-r.min, r.max, 0.0), histogram=counts)
+
+
 def quantize_weight(
-    weight: np.ndarray, bias: np.ndarray, input_scale: np.ndarray, bits: int
+    weight: np.ndarray, bits: int = 8, bias_steps: np.ndarray | float = 0, rest: str = "fp32"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weight (K, ...) -> int8 (K, ...) and scale float32 (K,): absmax / (2^(bits-1) - 1) per output channel.
 
-    A channel of zeros gets scale 1, and so does one whose products with the input vanish in float32. A scale so small
-    that its bias would not fit int32 is raised until it does.
+    A channel of zeros gets scale 1. ``bias_steps`` (K,) is |bias| / activation scale: a scale so small that its bias
+    would not fit int32 is raised until it does. With ``rest`` fp16, scales are at least FP16's smallest normal number.
     """
     top = 2 ** (bits - 1) - 1
-    scale = np.abs(weight.reshape(len(weight), -1)).max(1) / top
-    scale = np.maximum(scale, np.abs(bias) / (input_scale * np.float32(2**30)))
-    scale = np.where(np.minimum(scale, scale * input_scale) > np.finfo(np.float32).tiny, scale, 1).astype(np.float32)
+    absmax = np.abs(weight.reshape(len(weight), -1)).max(1)
+    scale = np.maximum(absmax / top, bias_steps / np.float32(2**30))
+    if rest == "fp16":
+        scale = np.where(scale > 0, np.maximum(scale, np.finfo(np.float16).tiny), 1)
+    scale = np.where(scale > np.finfo(np.float32).tiny, scale, 1).astype(np.float32)
     integers = np.rint(weight / scale.reshape(-1, *[1] * (weight.ndim - 1)))
     return np.clip(integers, -top - 1, top).astype(np.int8), scale
+
+
+def _source(model: Any, name: str, same: tuple[str, ...]) -> str:
+    """The tensor whose values ``name`` carries: back through operators of ``same`` to where they were computed."""
+    for node in model.graph.node:
+        if name in node.output and node.op_type in same:
+            return _source(model, node.input[0], same)
+    return name
 
 
 def _check_gemm(node: Any) -> None:
@@ -127,44 +202,3 @@ def _check_gemm(node: Any) -> None:
         raise InputError(
             f"cannot quantize Gemm {node.name}", evidence=f"attributes {attributes}", hint="needs transB=1"
         )
-
-
-def _source(model: Any, name: str) -> str:
-    """The tensor whose values ``name`` carries: through max pools and flattens, back to where they were computed."""
-    for node in model.graph.node:
-        if name in node.output and node.op_type in SAME_VALUES:
-            return _source(model, node.input[0])
-    return name
-
-
-def fp16(model: Any) -> Any:
-    """Convert a model in normal form to FP16 tensors -> ModelProto. Input and output stay FP32 behind a Cast each."""
-    helper, numpy_helper = need("onnx.helper", "onnx"), need("onnx.numpy_helper", "onnx")
-    out = type(model)()
-    out.CopyFrom(model)
-    g = out.graph
-    constants = []
-    for name, array in graph.initializers(model).items():
-        if array.dtype == np.float32:
-            if not np.abs(array).max(initial=0) <= np.finfo(np.float16).max:
-                raise InputError(
-                    f"{name} does not fit FP16",
-                    evidence=f"largest magnitude {np.abs(array).max():.4g}, FP16 ends at 65504",
-                    hint="build this model with --precision fp32 or int8",
-                )
-            array = array.astype(np.float16)
-        constants.append(numpy_helper.from_array(array, name))
-    half, single = 10, 1  # onnx.TensorProto.FLOAT16, FLOAT
-    inner_in, inner_out = f"{graph.INPUT}.fp16", f"{graph.OUTPUT}.fp16"
-    for node in g.node:
-        node.input[:] = [inner_in if n == graph.INPUT else n for n in node.input]
-        node.output[:] = [inner_out if n == graph.OUTPUT else n for n in node.output]
-    first = helper.make_node("Cast", [graph.INPUT], [inner_in], name=inner_in, to=half)
-    last = helper.make_node("Cast", [inner_out], [graph.OUTPUT], name=graph.OUTPUT, to=single)
-    nodes = [first, *g.node, last]
-    del g.initializer[:], g.value_info[:]
-    g.initializer.extend(constants)
-    g.ClearField("node")
-    g.node.extend(nodes)
-    graph.set_metadata(out, {**graph.metadata(model), "precision": "fp16"})
-    return out

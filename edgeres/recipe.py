@@ -30,7 +30,11 @@ DEPTHS = (18, 34, 50, 101, 152)
 BASIC_DEPTHS = (18, 34)
 """Built of blocks without 1x1 convolutions: v1 and v1.5 are the same network."""
 PRECISIONS = ("fp32", "fp16", "int8")
-METHODS = ("minmax", "entropy", "percentile", "mse")
+METHODS = ("minmax", "entropy", "percentile-99.9", "percentile-99.99", "percentile", "mse")
+AUTO = "auto"
+"""The method of these that is most faithful on held-out images."""
+IO = ("fp32", "fp16", "uint8")
+"""What an engine takes and gives; uint8 pixels are normalized in the graph."""
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "area")
 CHANNEL_ORDERS = ("RGB", "BGR")
 
@@ -132,15 +136,16 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class CalibrationSection:
-    """``[calibration]``: which images, how many of them, and how ranges become thresholds."""
+    """``[calibration]``: which images, how many; ``equalize`` channels or not; how ranges become thresholds."""
 
     images: str | None = field(default=None, metadata=PATH)
     limit: int = 512
     method: str = "mse"
+    equalize: bool = True
 
     def __post_init__(self) -> None:
         at_least("calibration.limit", self.limit, 1)
-        one_of("method", self.method, METHODS)
+        one_of("method", self.method, (*METHODS, AUTO))
 
 
 @dataclass(frozen=True)
@@ -149,9 +154,11 @@ class EngineSection:
 
     target: str = "cpu"
     precision: str = "int8"
+    io: str = "fp32"
 
     def __post_init__(self) -> None:
         one_of("precision", self.precision, PRECISIONS)
+        one_of("io", self.io, IO)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def result(
         "provenance": {
             "digests": {**digests, "engine": engine["sha256"]},
             "preprocess": engine["preprocess"],
-            "quantization": engine["quantization"],
+            "quantization": engine.get("quantization"),
             "built_with": engine["built_with"],
             "versions": machine.versions("numpy", "onnxruntime", "pillow"),
             "machine": machine.describe(),

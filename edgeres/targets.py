@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
 from edgeres.errors import UsageError
 from edgeres.machine import cpu_flags
-from edgeres.quantize import Scheme
+from edgeres.quantize import SCHEMES, Scheme
 from edgeres.recipe import one_of, read_record
 
 
 @dataclass(frozen=True)
 class Target:
-    """One executor on one kind of machine. ``scheme`` names how Q/DQ is laid; ``precisions`` what it can run."""
+    """One executor on one kind of machine. ``scheme`` names how Q/DQ is laid; ``precisions`` what it can run.
+
+    ``tensorrt`` is the version that a calibration cache is written for.
+    """
 
     description: str
     executor: str
     scheme: str
     precisions: list[str]
+    tensorrt: str | None = None
 
 
 def names() -> tuple[str, ...]:
@@ -41,7 +45,10 @@ def load_target(name: str, precision: str | None = None) -> Target:
 
 def scheme_for(target: Target) -> Scheme:
     """The scheme, fitted to this machine where the machine is what will execute it."""
-    return Scheme(target.scheme, weight_bits=8 if exact_dot_product(platform.machine(), cpu_flags()) else 7)
+    scheme = SCHEMES[target.scheme]
+    if scheme.signed or exact_dot_product(platform.machine(), cpu_flags()):
+        return scheme
+    return replace(scheme, weight_bits=7)
 
 
 def exact_dot_product(machine: str, flags: frozenset[str]) -> bool:

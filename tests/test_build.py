@@ -11,12 +11,13 @@ import pytest
 
 import edgeres
 from edgeres import graph
-from edgeres.build import RECORD, Engine, audit, build
+from edgeres.build import RECORD, Engine, build
 from edgeres.calibrate import calibrate
 from edgeres.errors import InputError, StaleError
 from edgeres.files import sha256_file
 from edgeres.loader import Batch
 from edgeres.quantize import Scheme, fp16, int8
+from edgeres.runners.onnxruntime import audit
 from edgeres.targets import load_target
 
 PIXELS = np.random.default_rng(0).standard_normal((3, 3, 32, 32), dtype=np.float32)

@@ -1,25 +1,42 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
 import weakref
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_resnet
+from conftest import tiny_resnet, write_images
 from onnx import numpy_helper
+from PIL import Image
+from rich.console import Console
 
-from edgeres import graph
+import edgeres
+from edgeres import calibrate as calibration
+from edgeres import graph, pipeline, probe, progress
 from edgeres.calibrate import BINS, RangeTable, TensorRange, calibrate
+from edgeres.counting import PIECE, SMALLEST
+from edgeres.data import ImageSet
 from edgeres.errors import InputError, StaleError
 from edgeres.export import export_onnx
-from edgeres.loader import Batch
-from edgeres.recipe import Preprocess
+from edgeres.job import Job
+from edgeres.layouts import open_images
+from edgeres.loader import Batch, Loader
+from edgeres.recipe import Preprocess, load_recipe
 
 SUBNORMAL = 2.0**-149
 
@@ -108,11 +125,67 @@ def test_the_result_depends_neither_on_order_nor_on_batch_size() -> None:
     values = np.concatenate([rng.normal(0, 0.01, 3000), rng.normal(0, 1, 3000), rng.normal(0, 50, 50), np.zeros(99)])
     # the values that rounding is most likely to put into different bins at different limits
     values = np.concatenate([values, np.nextafter(np.arange(-50, 51) / BINS, -1, dtype=np.float32)])
+    values = np.concatenate([values, [SUBNORMAL, -SUBNORMAL, -0.0, 2e4]])
     whole = measured(values).to_json()
     for seed, size in ((1, 7), (2, 64), (3, 1000)):
         shuffled = np.random.default_rng(seed).permutation(values)
         assert measured(*(shuffled[i : i + size] for i in range(0, len(values), size))).to_json() == whole
     assert measured(*([v] for v in np.sort(np.abs(values[:50])))).to_json() == measured(np.abs(values[:50])).to_json()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE + 3])
+def test_every_size_is_counted_to_the_last_value(size: int) -> None:
+    values = np.random.default_rng(size).normal(size=size) * np.geomspace(1, 1e6, size)
+    values[-1] = 3e6  # the limit grows within, and the largest stands last
+    assert_measures(measured(values), values)
+
+
+@pytest.mark.parametrize("zeros", [[0.0, -0.0], [-0.0, 0.0], [-0.0]])
+def test_the_sign_of_a_zero_is_not_kept(zeros: list[float]) -> None:
+    r = measured(zeros)
+    assert math.copysign(1, r.min) == math.copysign(1, r.max) == 1
+    assert (r.zeros, r.count) == (len(zeros), len(zeros))
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 7, PIECE, -1])
+def test_values_that_are_not_finite_are_refused_wherever_they_stand(bad: float, place: int) -> None:
+    values = np.ones(PIECE + 9, np.float32)
+    values[place] = bad
+    with pytest.raises(FloatingPointError):
+        measured(values)
+
+
+def test_threads_count_without_each_other(tiny: Any) -> None:
+    values = [np.random.default_rng(i).normal(size=50_000).astype(np.float32) for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for chunk, r in zip(values, pool.map(measured, values), strict=True):
+            assert_measures(r, chunk)
+
+
+def test_it_counts_where_nothing_can_be_cached(tmp_path: Path) -> None:
+    package = tmp_path / "site" / "edgeres"
+    shutil.copytree(Path(edgeres.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    code = (
+        "import numpy, edgeres.counting as c\n"
+        f"assert c.__file__.startswith({str(tmp_path)!r})\n"
+        "h = numpy.zeros(2 * c.BINS, numpy.int64)\n"
+        "print(c.count(numpy.float32([1, -2, 0]), h, c.SMALLEST), h.sum())\n"
+    )
+    # where a folder should be there is a file: neither beside the package nor in the user's cache can one be made
+    (package / "__pycache__").write_text("")
+    (tmp_path / "home").write_text("")
+    home = str(tmp_path / "home")
+    places = {
+        "PYTHONPATH": str(tmp_path / "site"),
+        "HOME": home,
+        "XDG_CACHE_HOME": home,
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **places}, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["(-2.0,", "1.0,", "1,", "4.0)", "3"], done.stderr
 
 
 def test_the_table_does_not_grow_with_the_images() -> None:
@@ -210,7 +283,19 @@ def test_an_input_that_is_not_finite_is_refused(tiny: Any, bad: list[float]) -> 
     broken.pixels[1, 0, 3, 3 : 3 + len(bad)] = bad
     with pytest.raises(InputError, match="tensor input holds NaN or infinity") as caught:
         calibrate(tiny, [good, broken], {})
-    assert "images 2 to 3" in caught.value.evidence
+    assert caught.value.evidence == "in image 3 of the calibration set"
+
+
+@pytest.mark.parametrize("room", [1, probe.ROOM])
+def test_an_image_that_is_not_finite_is_found_behind_others_left_out(
+    tiny: Any, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "ROOM", room)  # one image at a time, or all three
+    pixels = batches(3, 3)[0].pixels
+    pixels[2, 1, 0, 0] = np.nan
+    with pytest.raises(InputError) as caught:
+        calibrate(tiny, [Batch(pixels, None, np.asarray([4, 6, 9]))], {})
+    assert caught.value.evidence == "in image 9 of the calibration set"
 
 
 def test_a_tensor_that_overflows_inside_is_named(tiny_path: Path) -> None:
@@ -331,3 +416,300 @@ def test_require_refuses_an_input_that_was_not_recorded() -> None:
     with pytest.raises(StaleError, match="another model") as caught:
         RangeTable({}).require({"model": "a" * 64})
     assert "table none" in caught.value.evidence
+
+
+@pytest.fixture
+def spoiled(tmp_path: Path) -> ImageSet:
+    """20 images; with batches of 4 the last one of the first is bad, the whole third, and the whole last."""
+    root = tmp_path / "spoiled"
+    write_images(root, 5, seed=3)
+    images = open_images(root)
+    for place in (3, 8, 9, 10, 11, 16, 17, 18, 19):
+        (root / images.paths[place]).write_bytes(b"no image")
+    return images
+
+
+MADE = {"model": "m" * 64, "images": "i" * 64}
+
+
+def interrupt(after: int, function: Callable[..., Any], *arguments: Any, error: Any = KeyboardInterrupt) -> None:
+    """Call ``function``, which calibrates, and raise ``error`` in the middle of the batch after that many others."""
+    real, calls = calibration._measure, iter(range(100))
+
+    def measure(table: RangeTable, *rest: Any) -> None:
+        real(table, *rest)  # what it added must not be kept
+        if next(calls) == after:
+            raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "_measure", measure)
+        with pytest.raises(error):
+            function(*arguments)
+
+
+def heard(function: Callable[[], Any]) -> tuple[Any, str]:
+    """What ``function`` returns, and what it said on the way."""
+    console = Console(file=io.StringIO(), width=200)
+    with progress.to(console):
+        result = function()
+    return result, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize(("batch", "resumed"), [(0, None), (1, 4), (2, 8)])
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    tiny: Any,
+    preprocess: Preprocess,
+    spoiled: ImageSet,
+    tmp_path: Path,
+    error: type[BaseException],
+    batch: int,
+    resumed: int | None,
+) -> None:
+    partial = tmp_path / "t.json.part"
+    whole = Loader(spoiled, preprocess, 4, skip_bad=True)
+    calibrate(tiny, whole, MADE).save(tmp_path / "whole.json")
+    interrupt(batch, calibrate, tiny, Loader(spoiled, preprocess, 4, skip_bad=True), MADE, partial, error=error)
+    assert partial.exists() == (resumed is not None)
+    loader = Loader(spoiled, preprocess, 4, skip_bad=True)
+    table, said = heard(lambda: calibrate(tiny, loader, MADE, partial))
+    assert ("resume at image" in said) == (resumed is not None)
+    assert resumed is None or f"resume at image {resumed}\n" in said
+    table.save(tmp_path / "resumed.json")
+    assert (tmp_path / "resumed.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert loader.skipped == whole.skipped
+    assert table.skipped == [spoiled.paths[i] for i in (3, 8, 9, 10, 11, 16, 17, 18, 19)]
+    assert table.images == 11
+    assert not partial.exists()
+
+
+def test_a_run_can_be_interrupted_at_every_batch(
+    tiny: Any, preprocess: Preprocess, train_images: ImageSet, tmp_path: Path
+) -> None:
+    partial = tmp_path / "t.json.part"
+    calibrate(tiny, Loader(train_images, preprocess, 8), MADE).save(tmp_path / "whole.json")
+    for after, done in ((0, None), (1, 8), (0, 8), (1, 16), (1, 24), (0, 24)):
+        interrupt(after, calibrate, tiny, Loader(train_images, preprocess, 8), MADE, partial)
+        assert (json.loads(partial.read_text())["done"] if done else None) == done
+    table = calibrate(tiny, Loader(train_images, preprocess, 8), MADE, partial)
+    table.save(tmp_path / "resumed.json")
+    assert (tmp_path / "resumed.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+def test_what_was_left_out_is_known_after_two_interruptions(
+    tiny: Any, preprocess: Preprocess, spoiled: ImageSet, tmp_path: Path
+) -> None:
+    partial = tmp_path / "t.json.part"
+    for done in (4, 8):
+        interrupt(1, calibrate, tiny, Loader(spoiled, preprocess, 4, skip_bad=True), MADE, partial)
+        assert json.loads(partial.read_text())["done"] == done
+    table = calibrate(tiny, Loader(spoiled, preprocess, 4, skip_bad=True), MADE, partial)
+    assert table.skipped == [spoiled.paths[i] for i in (3, 8, 9, 10, 11, 16, 17, 18, 19)]
+
+
+CHILD = """
+import signal, sys, time
+from pathlib import Path
+from edgeres import calibrate as c, graph, loader
+from edgeres.layouts import open_images
+from edgeres.recipe import Preprocess
+
+model, images, partial = map(Path, sys.argv[1:4])
+c.SAVE_EVERY = float(sys.argv[4])
+real = c._measure
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who started the tests may have it ignored
+
+def measure(table, *rest):
+    real(table, *rest)
+    if table.images == 10:
+        print("in the middle", flush=True)
+        time.sleep(600)
+
+c._measure = measure
+c.calibrate(graph.load(model), loader.Loader(open_images(images), Preprocess(crop=32, resize=36), 2), {}, partial)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kill", "save_every"), [(signal.SIGKILL, 0.0), (signal.SIGINT, 1e9)], ids=["kill -9", "Ctrl-C"]
+)
+def test_a_killed_process_leaves_what_the_next_one_needs(
+    tiny: Any,
+    tiny_path: Path,
+    preprocess: Preprocess,
+    train_folder: Path,
+    tmp_path: Path,
+    kill: signal.Signals,
+    save_every: float,
+) -> None:
+    partial = tmp_path / "t.json.part"
+    arguments = [sys.executable, "-c", CHILD, str(tiny_path), str(train_folder), str(partial), str(save_every)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stdout
+        assert child.stdout.readline() == "in the middle\n"
+        child.send_signal(kill)
+        left = child.communicate()[1]
+    assert child.returncode, left
+    images = open_images(train_folder)
+    whole = calibrate(tiny, Loader(images, preprocess, 2), {})
+    table, said = heard(lambda: calibrate(tiny, Loader(images, preprocess, 2), {}, partial))
+    assert "resume at image 8\n" in said, left
+    for name, t in (("whole", whole), ("resumed", table)):
+        t.save(tmp_path / name)
+    assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.fixture
+def left(tiny: Any, preprocess: Preprocess, spoiled: ImageSet, tmp_path: Path) -> Path:
+    """A partial table up to image 8 of `spoiled`, without image 3."""
+    interrupt(2, calibrate, tiny, Loader(spoiled, preprocess, 4, skip_bad=True), MADE, tmp_path / "t.json.part")
+    return tmp_path / "t.json.part"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda b: b[:-1000], id="cut short"),
+        pytest.param(lambda b: b"", id="empty"),
+        pytest.param(lambda b: b"[]", id="a list"),
+        pytest.param(lambda b: b"{}", id="no keys"),
+        pytest.param(lambda b: b"\xff" + b, id="no text"),
+        pytest.param(lambda b: b.replace(b'"done": 8', b'"done": 4'), id="another position"),
+        pytest.param(lambda b: b.replace(b'"zeros": ', b'"zeros": 1'), id="another count"),
+    ],
+)
+def test_a_damaged_partial_table_is_ignored_and_said(
+    tiny: Any, preprocess: Preprocess, spoiled: ImageSet, left: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    content = left.read_bytes()
+    left.write_bytes(damage(content))
+    assert left.read_bytes() != content
+    loader = Loader(spoiled, preprocess, 4, skip_bad=True)
+    table, said = heard(lambda: calibrate(tiny, loader, MADE, left))
+    assert "t.json.part is damaged: begin anew\n" in said
+    assert "resume" not in said
+    assert table.images == 11
+    assert not left.exists()
+
+
+@pytest.mark.parametrize(
+    ("made_from", "batch"),
+    [
+        ({**MADE, "model": "n" * 64}, 4),
+        ({**MADE, "images": "j" * 64}, 4),
+        pytest.param(MADE, 5, id="another batch size, at which a convolution may round otherwise"),
+    ],
+)
+def test_a_partial_table_of_other_inputs_is_ignored_and_said(
+    tiny: Any, preprocess: Preprocess, spoiled: ImageSet, left: Path, made_from: dict[str, str], batch: int
+) -> None:
+    loader = Loader(spoiled, preprocess, batch, skip_bad=True)
+    table, said = heard(lambda: calibrate(tiny, loader, made_from, left))
+    assert "t.json.part was measured on other inputs: begin anew\n" in said
+    assert "resume" not in said
+    assert (table.images, table.made_from) == (11, made_from)
+
+
+def test_a_partial_table_without_its_bad_images_is_of_no_use_to_a_run_that_refuses_them(
+    tiny: Any, preprocess: Preprocess, spoiled: ImageSet, left: Path
+) -> None:
+    with pytest.raises(InputError, match="1 unreadable image "):
+        calibrate(tiny, Loader(spoiled, preprocess, 4), MADE, left)
+
+
+def test_a_partial_table_is_saved_every_few_seconds(
+    tiny: Any, preprocess: Preprocess, train_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial, real, seen = tmp_path / "t.json.part", calibration._measure, []
+
+    def measure(*arguments: Any) -> None:
+        seen.append(json.loads(partial.read_text())["done"] if partial.exists() else None)
+        real(*arguments)
+
+    monkeypatch.setattr(calibration, "_measure", measure)
+    for every in (0.0, 1e9):
+        monkeypatch.setattr(calibration, "SAVE_EVERY", every)
+        calibrate(tiny, Loader(train_images, preprocess, 8), MADE, partial)
+    assert seen == [None, 8, 16, 24] + [None] * 4
+
+
+def test_the_command_resumes_too(workspace: Path, tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(load_recipe(workspace), workspace, tiny_path)
+    monkeypatch.setattr(pipeline, "BATCH", 8)
+    pipeline.calibrate_model(job, workspace / "whole.json")
+    interrupt(2, pipeline.calibrate_model, job, workspace / "t.json")
+    assert not (workspace / "t.json").exists()
+    path, said = heard(lambda: pipeline.calibrate_model(job, workspace / "t.json"))
+    assert "resume at image 16\n" in said
+    assert path.read_bytes() == (workspace / "whole.json").read_bytes()
+    assert sorted(p.name for p in workspace.glob("t.json*")) == ["t.json"]
+
+
+def test_a_bad_image_is_named_by_its_path_also_after_resuming(
+    tiny_path: Path, preprocess: Preprocess, train_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial = tmp_path / "t.json.part"
+    tiny, read = graph.load(tiny_path), calibration.Loader.__iter__
+
+    def broken(self: Loader) -> Iterator[Batch]:
+        for batch in read(self):
+            for pixels, place in zip(batch.pixels, batch.index, strict=True):
+                if self.images.paths[place] == train_images.paths[21]:
+                    pixels[0, 0, 0] = np.inf
+            yield batch
+
+    monkeypatch.setattr(calibration.Loader, "__iter__", broken)
+    for _ in range(2):
+        with pytest.raises(InputError, match="tensor input holds") as caught:
+            calibrate(tiny, Loader(train_images, preprocess, 8), MADE, partial)
+        assert caught.value.evidence == f"in image 21, {train_images.paths[21]} of the calibration set"
+
+
+def test_an_empty_set_is_refused(tiny: Any, preprocess: Preprocess, train_images: ImageSet, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no images to calibrate on"):
+        calibrate(tiny, Loader(train_images.take([]), preprocess, 8), {}, tmp_path / "p")
+
+
+@pytest.mark.parametrize(("images", "batch"), [(1, 1), (1, 64), (3, 64)])
+def test_a_batch_may_be_larger_than_the_set(
+    tiny: Any, preprocess: Preprocess, train_images: ImageSet, images: int, batch: int
+) -> None:
+    table = calibrate(tiny, Loader(train_images.take(range(images)), preprocess, batch), {})
+    assert table.images == images
+    assert table.tensors[graph.INPUT].count == images * 3 * 32 * 32
+
+
+def test_a_batch_larger_than_the_memory_for_activations_is_measured_in_parts(
+    tiny: Any, preprocess: Preprocess, train_images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "ROOM", 500_000)  # the tiny model has 94 kB of activations per image
+    batches = list(Loader(train_images.take(range(11)), preprocess, 11))
+    model = probe.Probe(tiny, graph.activations(tiny))
+    parts = [(start, {n: v.copy() for n, v in tensors.items()}) for start, tensors in model.run(batches[0].pixels)]
+    assert [start for start, _ in parts] == [0, 5, 10]
+    for name in graph.activations(tiny):
+        (expected,) = (
+            model.session.run([name], {"input": batches[0].pixels}) if name != "input" else (batches[0].pixels,)
+        )
+        np.testing.assert_allclose(np.concatenate([t[name] for _, t in parts]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gray_images_are_measured_as_three_equal_channels(tiny: Any, preprocess: Preprocess, tmp_path: Path) -> None:
+    for label in "ab":
+        (tmp_path / "gray" / label).mkdir(parents=True)
+        pixels = np.random.default_rng(ord(label)).integers(0, 256, (36, 36), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "gray" / label / "0.png")
+    plain = replace(preprocess, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    table = calibrate(tiny, Loader(open_images(tmp_path / "gray"), plain, 2), {})
+    assert table.images == 2
+    assert (table.tensors["input"].histogram % 3 == 0).all()
+
+
+def test_a_tensor_that_is_always_zero_is_measured(tiny_path: Path) -> None:
+    model = graph.load(tiny_path)
+    for tensor in model.graph.initializer:
+        if tensor.name.startswith("layer1.0.conv1."):
+            tensor.CopyFrom(numpy_helper.from_array(np.zeros(tuple(tensor.dims), np.float32), tensor.name))
+    r = calibrate(model, batches(2, 2), {}).tensors["layer1.0.relu1"]
+    assert (r.min, r.max, r.zeros, r.limit) == (0, 0, r.count, SMALLEST)
+    assert r.histogram[BINS] == r.count > 0

@@ -9,7 +9,7 @@ from rich.console import Console, RenderableType
 
 from edgeres import graph
 from edgeres.build import Engine, build
-from edgeres.calibrate import RangeTable, calibrate
+from edgeres.calibrate import RangeTable, TensorRange, calibrate
 from edgeres.errors import InputError, StaleError, UsageError
 from edgeres.files import to_json
 from edgeres.inspect import artifact, network
@@ -144,9 +144,77 @@ def test_a_range_table_shows_every_method(table_path: Path) -> None:
         assert (row["min"], row["max"], row["count"], row["zeros"]) == (r.min, r.max, r.count, r.zeros)
         assert row["thresholds"] == {m: f(r, 255) for m, f in METHODS.items()}
         (line,) = (line for line in text(shown).splitlines() if line.split()[:1] == [name])
-        ends = [max(-lo, hi) for lo, hi in row["thresholds"].values()]
+        ends = [max(-lo, hi) for m, (lo, hi) in row["thresholds"].items() if m != "minmax"]
         assert line.split()[1:] == [f"{x:.3f}" for x in (r.min, r.max, *ends)]
+    (header,) = (line.split() for line in text(shown).splitlines() if line.startswith("tensor"))
+    assert header[3:] == ["entropy", "p99.9", "p99.99", "p99.999", "mse"]
     to_json(value)
+
+
+@pytest.fixture
+def shown(tiny_path: Path, tmp_path: Path, engine: Engine) -> dict[str, RenderableType]:
+    """Everything that can be inspected; the range table has the names and magnitudes of a real one."""
+    r = TensorRange()
+    r.update(np.float32([-13.389, 8.383, 20.874]))
+    RangeTable({}, 512, tensors={"layer1.0.downsample.0": r}).save(tmp_path / "t.json")
+    return {
+        "network": network(ModelSection(), 224)[1],
+        "table": artifact(tmp_path / "t.json")[1],
+        "onnx": artifact(tiny_path)[1],
+        "engine": artifact(engine.path.parent)[1],
+    }
+
+
+@pytest.mark.parametrize("kind", ["network", "table", "onnx", "engine"])
+def test_no_line_ends_in_blanks(shown: dict[str, RenderableType], kind: str) -> None:
+    lines = text(shown[kind], 120).splitlines()
+    assert lines
+    assert [line for line in lines if line != line.rstrip()] == []
+
+
+@pytest.mark.parametrize("kind", ["table", "onnx", "engine"])
+def test_80_columns_are_enough(shown: dict[str, RenderableType], kind: str) -> None:
+    def without_prose(width: int) -> list[str]:
+        lines = text(shown[kind], width).splitlines()
+        return [line for line in lines if "/" not in line and len(line.split("  ")) > 1]
+
+    assert len(without_prose(80)) > 1
+    assert without_prose(80) == without_prose(500)
+    assert max(map(len, without_prose(80))) <= 80
+
+
+def test_a_record_within_a_record_stands_further_in(tiny_path: Path, tmp_path: Path) -> None:
+    model = graph.load(tiny_path)
+    record = {
+        "a": {"long name": 1, "b": {"c": [0.25, 1 / 3], "empty": {}}},
+        "list": [],
+        "none": None,
+        "pairs": [[1, 2]],
+    }
+    graph.set_metadata(model, record)
+    graph.save(model, tmp_path / "m.onnx")
+    lines = text(artifact(tmp_path / "m.onnx")[1]).splitlines()
+    assert lines[lines.index("edgeres") :] == [
+        "edgeres",
+        "  a",
+        "    long name  1",
+        "    b",
+        "      c      0.25, 0.333333",
+        "      empty  none",
+        "  list   none",
+        "  none   none",
+        "  pairs  [[1, 2]]",
+    ]
+
+
+def test_a_long_value_goes_on_below_itself(tiny_path: Path, tmp_path: Path) -> None:
+    model = graph.load(tiny_path)
+    graph.set_metadata(model, {"source": "x" * 100})
+    graph.save(model, tmp_path / "m.onnx")
+    assert text(artifact(tmp_path / "m.onnx")[1], 60).splitlines()[-2:] == [
+        "  source  " + "x" * 50,
+        " " * 10 + "x" * 50,
+    ]
 
 
 @pytest.mark.parametrize("name", ["", "engine.json"])

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import inspect
 import math
+import time
+from typing import Any
 
 import numpy as np
 import pytest
+from onnxruntime.quantization import calibrate
 
+from edgeres import recipe
 from edgeres.calibrate import BINS, TensorRange
 from edgeres.thresholds import METHODS, PERCENTILE, entropy, minmax, mse, percentile
 
@@ -106,6 +111,19 @@ def test_minmax_is_what_was_seen_and_zero(kind: str) -> None:
     assert minmax(measure(values), STEPS) == (min(float(values.min()), 0), max(float(values.max()), 0))
 
 
+def test_a_recipe_may_name_every_method() -> None:
+    assert tuple(METHODS) == recipe.METHODS
+
+
+def test_each_percentile_keeps_what_its_name_says() -> None:
+    values = draw("heavy")
+    r = measure(values)
+    named = {99.9: "percentile-99.9", 99.99: "percentile-99.99", 99.999: "percentile"}
+    for share, name in named.items():
+        raw = np.percentile(values.astype(np.float64), [100 - share, share], method="inverted_cdf")
+        assert METHODS[name](r, STEPS) == pytest.approx(tuple(raw), abs=r.limit / BINS)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_percentile_is_that_of_the_raw_values_within_a_bin(kind: str) -> None:
     values = draw(kind)
@@ -180,3 +198,108 @@ def test_entropy_of_a_symmetric_tensor_is_symmetric() -> None:
     values = np.abs(draw("heavy", 20_000))
     lo, hi = entropy(measure(np.concatenate([values, -values])), STEPS)
     assert -lo == hi < values.max()
+
+
+def test_a_threshold_costs_a_millisecond() -> None:
+    ranges = [measure(draw(kind, 20_000)) for kind in KINDS]
+    for method in METHODS.values():
+        start = time.process_time()
+        for r in ranges:
+            method(r, STEPS)
+        assert time.process_time() - start < 0.02 * len(ranges)  # twenty times what it takes
+
+
+def onnxruntime_histogram(r: TensorRange, times: int = 1) -> tuple[Any, ...]:
+    """What `HistogramCollector` keeps, cut to the bins in use: counts, edges, min, max, threshold."""
+    filled = np.flatnonzero(r.histogram + r.histogram[::-1])
+    keep = slice(filled[0], filled[-1] + 1)
+    edges = r.edges()[filled[0] : filled[-1] + 2]
+    return r.histogram[keep] * times, edges, np.float64(r.min), np.float64(r.max), edges[-1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("share", "name"), [(99.9, "percentile-99.9"), (99.99, "percentile-99.99")])
+def test_percentile_agrees_with_onnxruntime(
+    kind: str, share: float, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the same histogram as `onnxruntime.quantization`, with the differences between the two:
+
+    - It cuts (100 - p) / 2 percent on each side, ours 100 - p: it is asked for 100 - 2 (100 - p).
+    - Its upper end is the lower edge of the bin in which the share is reached, which leaves out more than was asked
+      for; ours is the upper edge: one bin.
+    - Ours holds zero and ends at the extremes, as every scheme needs it. It only cuts at the extremes.
+    """
+    r = measure(draw(kind, SIZE + 7))  # no share is reached exactly, where rounding decides
+    collector = calibrate.HistogramCollector("percentile", False, 2 * BINS, 128, 100 - 2 * (100 - share), "same")
+    collector.histogram_dict = {"x": onnxruntime_histogram(r)}
+    lo, hi = (float(end) for end in collector.compute_percentile()["x"][:2])
+    width = r.limit / BINS
+    expected = (min(lo, 0), max(min(hi + width, r.max), 0))
+    assert METHODS[name](r, STEPS) == pytest.approx(expected, abs=1e-9 * r.limit)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_percentile_agrees_with_onnxruntime_from_the_raw_values(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each with its own bins, filled in three parts; its are as many, between minus and plus the largest magnitude."""
+    values, r = draw(kind), TensorRange()
+    collector = calibrate.HistogramCollector("percentile", False, 2 * BINS, 128, 99.8, "same")
+    for part in np.array_split(np.sort(np.abs(values)) * np.sign(values), 3):
+        r.update(part)
+        collector.collect({"x": part})
+    lo, hi = (float(end) for end in collector.compute_percentile()["x"][:2])
+    assert METHODS["percentile-99.9"](r, STEPS) == pytest.approx((min(lo, 0), max(hi, 0)), abs=2 * r.limit / BINS)
+
+
+@pytest.mark.parametrize("kind", ["exponential", "heavy tail", "two bumps"])
+def test_entropy_agrees_with_onnxruntime(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The divergences of `onnxruntime.quantization`, for the candidates and histograms which both treat alike.
+
+    Both follow GTC 2017 S7310; `migacz` does to the letter. onnxruntime.quantization 1.31 differs:
+
+    - Levels are spread over both signs at once: 128 of them are 64 for |x|. Here it is given 256, for 128.
+    - A level takes ``bins // levels`` bins and the last one what remains, though Q gets none there. So only multiples
+      of ``levels`` are compared.
+    - A candidate reaches one bin further above than below zero, where P holds all that was clipped and Q nothing. So
+      there are no positive values here.
+    - Q has mass in empty bins, too, wherever another bin of their level is filled. So a level is empty or full here.
+    - Zeros count. So there are none here.
+    - Q is rounded down to integers, and empty bins get 0.0001 of a count. So counts are large.
+    - Every candidate is tried; ours, as published, every fourth.
+    """
+    used, levels = 700, 128
+    x = np.arange(used)
+    counts = {
+        "exponential": np.exp(-x / 60),
+        "heavy tail": 1 / (1 + (x / 30) ** 3),
+        "two bumps": np.exp(-(((x - 200) / 90) ** 2)) + np.exp(-x / 15),
+    }[kind]
+    histogram = np.zeros(2 * BINS, np.int64)
+    histogram[BINS - used : BINS] = np.where(x < 60, 0, 1e9 * counts + 1e4)[::-1]
+    r = TensorRange(-used / BINS, -60 / BINS, int(histogram.sum()), 0, 1.0, histogram)
+    seen, divergence = [], calibrate.entropy
+
+    def recorded(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+        seen.append(divergence(p, q))
+        return seen[-1]
+
+    monkeypatch.setattr(calibrate, "entropy", recorded)
+    edges = r.edges()[BINS - used : BINS + used + 1]
+    collected = (histogram[BINS - used : BINS + used], edges, np.float64(r.min), np.float64(r.max))
+    calibrate.HistogramCollector.get_entropy_threshold(None, collected, 2 * levels)
+    ours = migacz(r)
+    for bins in range(levels, used, levels):
+        assert seen[bins - levels] == pytest.approx(ours[bins / BINS], rel=2e-3, abs=1e-6), bins
+    best = min(ours, key=lambda t: (ours[t], t))
+    assert entropy(r, STEPS) == (max(-best, r.min), 0)
+
+
+def test_what_onnxruntime_calls_entropy_is_minmax() -> None:
+    """With its own 128 bins and 128 levels there is one candidate, the whole range."""
+    values = draw("heavy")
+    defaults = inspect.signature(calibrate.EntropyCalibrater).parameters
+    assert (defaults["num_bins"].default, defaults["num_quantized_bins"].default) == (128, 128)
+    largest = np.float64(np.abs(values).max())
+    counts, edges = np.histogram(values, 128, (-largest, largest))
+    lo, hi = calibrate.HistogramCollector.get_entropy_threshold(None, (counts, edges, -largest, largest), 128)
+    assert (lo, hi) == (-largest, largest)
+    assert entropy(measure(values), STEPS)[1] < 0.7 * largest

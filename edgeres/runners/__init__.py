@@ -3,42 +3,63 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any, Protocol
 
 import numpy as np
 
 from edgeres.errors import InputError, UsageError
+from edgeres.recipe import Preprocess
 
 
 class Runner(ABC):
-    """A loaded network. ``batch`` is its fixed batch size, or None if it takes any; ``input_size`` is H and W."""
+    """A loaded network. ``batch`` is its fixed batch size, or None if it takes any; ``input_size`` is H and W.
+
+    ``dtype`` is what it takes: float32, float16, or uint8. The last it normalizes itself, by ``preprocess``.
+    """
 
     batch: int | None
     input_size: int
+    dtype: np.dtype[Any] = np.dtype(np.float32)
+    preprocess: Preprocess | None = None
+
+    def prepare(self, pixels: np.ndarray) -> np.ndarray:
+        """Normalized float32 pixels (N, 3, H, W) -> the same in ``dtype``, as an application would have them ready."""
+        if self.dtype != np.uint8:
+            return pixels.astype(self.dtype, copy=False)
+        if self.preprocess is None:
+            raise UsageError("how this engine's pixels are normalized is not known", hint="open it from its folder")
+        mean, std = (np.asarray(v, np.float32).reshape(3, 1, 1) for v in (self.preprocess.mean, self.preprocess.std))
+        if self.preprocess.channel_order == "BGR":
+            mean, std = mean[::-1], std[::-1]
+        return np.rint((pixels * std + mean) * 255).astype(np.uint8)
 
     def infer(self, pixels: np.ndarray) -> np.ndarray:
-        """float32 (N, 3, H, W) -> float32 (N, classes), for any N from 1; the result is the caller's.
+        """Pixels (N, 3, H, W), normalized float32 or `prepare`d -> logits float32 (N, classes), N from 1.
 
-        A network of fixed batch gets N in pieces, the last one padded with zeros.
+        The result is the caller's. A network of fixed batch gets N in pieces, the last one padded with zeros.
         """
+        if pixels.dtype != self.dtype:
+            pixels = self.prepare(pixels)
         if pixels.ndim != 4 or pixels.shape[1:] != (3, self.input_size, self.input_size):
             raise UsageError(
                 f"this engine takes images of (N, 3, {self.input_size}, {self.input_size})",
                 evidence=f"got {pixels.shape}",
             )
         if self.batch is None:
-            return self._run(pixels)
+            return self._run(pixels).astype(np.float32, copy=False)
         pieces = []
         for start in range(0, len(pixels), self.batch):
             piece = pixels[start : start + self.batch]
-            padding = np.zeros((self.batch - len(piece), *piece.shape[1:]), np.float32)
+            padding = np.zeros((self.batch - len(piece), *piece.shape[1:]), piece.dtype)
             pieces.append(self._run(np.concatenate([piece, padding]) if len(padding) else piece)[: len(piece)])
-        return np.concatenate(pieces)
+        return np.concatenate(pieces).astype(np.float32, copy=False)
 
     @abstractmethod
     def _run(self, pixels: np.ndarray) -> np.ndarray:
-        """One call of the executor, at a batch size it takes."""
+        """One call of the executor, at a batch size and in the type it takes."""
 
     @abstractmethod
     def close(self) -> None:
@@ -51,10 +72,40 @@ class Runner(ABC):
         self.close()
 
 
-def open_runner(path: Path, executor: str) -> Runner:
-    """Load the engine file at ``path`` with ``executor``."""
-    if executor != "onnxruntime":
-        raise InputError(f"no runner for executor {executor!r}", hint="this version of edgeres runs onnxruntime")
-    from edgeres.runners.onnxruntime import OnnxRuntimeRunner
+@dataclass(frozen=True)
+class Fusion:
+    """What an executor really executes: operators and their number, and ``notes`` on what is not as asked."""
 
-    return OnnxRuntimeRunner(path)
+    operators: dict[str, int]
+    notes: list[str]
+
+
+class Executor(Protocol):
+    """What the module of an executor has."""
+
+    def load(self, path: Path) -> Runner:
+        """Load the engine file at ``path``. Raises `BuildError`."""
+
+    def audit(self, path: Path, precision: str) -> Fusion:
+        """Load the engine file at ``path``, of ``precision``, and look at what is executed."""
+
+    def version(self) -> str:
+        """The installed version, which engines are recorded with."""
+
+
+def executor(name: str) -> Executor:
+    """The module that drives executor ``name``."""
+    if name == "onnxruntime":
+        from edgeres.runners import onnxruntime
+
+        return onnxruntime
+    if name == "openvino":
+        from edgeres.runners import openvino
+
+        return openvino
+    raise InputError(f"no runner for executor {name!r}", hint="this version of edgeres runs onnxruntime and openvino")
+
+
+def open_runner(path: Path, name: str) -> Runner:
+    """Load the engine file at ``path`` with executor ``name``."""
+    return executor(name).load(path)

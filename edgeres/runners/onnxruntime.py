@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from edgeres import graph
 from edgeres.errors import BuildError, need
 from edgeres.graph import INPUT, OUTPUT
-from edgeres.runners import Runner
+from edgeres.runners import Fusion, Runner
+
+DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 
 
 class OnnxRuntimeRunner(Runner):
@@ -21,12 +25,42 @@ class OnnxRuntimeRunner(Runner):
         (entry,) = self._session.get_inputs()
         self.batch = entry.shape[0] if isinstance(entry.shape[0], int) else None
         self.input_size = entry.shape[2]
+        self.dtype = np.dtype(DTYPES[entry.type])
 
     def _run(self, pixels: np.ndarray) -> np.ndarray:
         return np.asarray(self._session.run([OUTPUT], {INPUT: pixels})[0])
 
     def close(self) -> None:
         self._session = None
+
+
+load = OnnxRuntimeRunner
+
+
+def version() -> str:
+    """Version of the package."""
+    return str(need("onnxruntime", "onnx").__version__)
+
+
+def audit(path: Path, precision: str) -> Fusion:
+    """Load ``path`` as the runner does and count what the optimized graph is made of."""
+    onnx = need("onnx", "onnx")
+    with tempfile.TemporaryDirectory() as scratch:
+        optimized = Path(scratch) / "optimized.onnx"
+        open_session(path, optimized)
+        model = onnx.load(optimized)
+    half = {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT16}
+    convolutions = [n for n in model.graph.node if "Conv" in n.op_type]
+    slow = [n.name for n in convolutions if n.input[1] not in half and "QLinear" not in n.op_type]
+    notes = []
+    if precision == "fp16" and slow:
+        notes.append(
+            f"{len(slow)} of {len(convolutions)} convolutions are computed in FP32: ONNX Runtime has no FP16 kernels "
+            "for this CPU, so FP16 halves the file and gains no speed"
+        )
+    if precision == "int8" and slow:
+        notes.append(f"{len(slow)} of {len(convolutions)} convolutions stay in FP32, first {slow[0]}")
+    return Fusion(graph.count_ops(model), notes)
 
 
 def open_session(path: Path, optimized: Path | None = None) -> Any:

@@ -1,0 +1,97 @@
+"""OpenVINO on the CPU."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from edgeres.errors import BuildError, need
+from edgeres.graph import INPUT, OUTPUT
+from edgeres.runners import Fusion, Runner
+
+PRECISIONS = {"f32": "fp32", "f16": "fp16", "u8": "int8", "i8": "int8"}
+"""What OpenVINO calls the precision that a layer is executed in -> what edgeres calls it."""
+
+
+class OpenVinoRunner(Runner):
+    """Runs an ONNX file in normal form, FP32 or INT8, on all physical cores that the process may use."""
+
+    def __init__(self, path: Path) -> None:
+        model = compile_model(path)
+        batch, _, size, _ = model.input(INPUT).partial_shape
+        self.batch = batch.get_length() if batch.is_static else None
+        self.input_size = size.get_length()
+        self.dtype = np.dtype(model.input(INPUT).element_type.to_dtype())
+        self._request = model.create_infer_request()
+
+    def _run(self, pixels: np.ndarray) -> np.ndarray:
+        # inputs are read where they are; outputs come as copies
+        return np.asarray(self._request.infer({INPUT: pixels}, share_inputs=True)[OUTPUT])
+
+    def close(self) -> None:
+        self._request = None
+
+
+load = OpenVinoRunner
+
+
+def version() -> str:
+    """Version of the package, with its build."""
+    return str(_openvino().__version__)
+
+
+def audit(path: Path, precision: str) -> Fusion:
+    """Load ``path`` as the runner does and count what its compiled graph is made of, by layer and precision."""
+    layers = [node for node in compile_model(path).get_runtime_model().get_ordered_ops() if _executed(node)]
+    counts = Counter(f"{_info(layer, 'layerType')} {_computed_in(layer)}" for layer in layers)
+    convolutions = [layer for layer in layers if _info(layer, "layerType") == "Convolution"]
+    other = [layer for layer in convolutions if _computed_in(layer) != precision]
+    notes = []
+    if other:
+        first = _info(other[0], "originalLayersNames").partition(",")[0].removesuffix("/WithoutBiases")
+        kinds = " and ".join(sorted({_computed_in(layer).upper() for layer in other}))
+        notes.append(f"{len(other)} of {len(convolutions)} convolutions are computed in {kinds}, first {first}")
+    return Fusion(dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))), notes)
+
+
+def _executed(layer: Any) -> bool:
+    """Whether ``layer`` of a runtime model is work at run time: neither a constant nor made of constants alone."""
+    return _info(layer, "layerType") not in ("Const", "Input", "Output") and any(
+        _info(value.get_node(), "layerType") != "Const" for value in layer.input_values()
+    )
+
+
+def _computed_in(layer: Any) -> str:
+    name = _info(layer, "runtimePrecision")
+    return PRECISIONS.get(name, name)
+
+
+def _info(layer: Any, key: str) -> str:
+    return str(layer.get_rt_info()[key].astype(str))
+
+
+def compile_model(path: Path) -> Any:
+    """A CompiledModel for ``path``. What is not INT8 is computed in FP32, also where the CPU has BF16."""
+    config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    core = _core()
+    try:
+        return core.compile_model(core.read_model(os.fspath(path)), "CPU", config)
+    except Exception as error:  # RuntimeError, and whatever its frontends raise
+        raise BuildError(f"OpenVINO cannot load {path}", evidence=str(error).strip()) from error
+
+
+@functools.cache
+def _core() -> Any:
+    return _openvino().Core()
+
+
+def _openvino() -> Any:
+    # openvino reports its import to Google Analytics, unless it does not find its telemetry package
+    sys.modules.setdefault("openvino_telemetry", cast(Any, None))
+    return need("openvino", "openvino")
