@@ -38,6 +38,9 @@ class Setting:
 
 SETTINGS = (
     Setting("edgeres", "mse", "onnxruntime", ("--target", "cpu"), timed=True),
+    Setting("edgeres", "auto", "onnxruntime", ("--target", "cpu", "--method", "auto")),
+    Setting("edgeres", "mse", "tensorrt", ("--target", "desktop")),
+    Setting("edgeres", "auto", "tensorrt", ("--target", "desktop", "--method", "auto")),
     Setting("onnxruntime", "u8s8 minmax", "onnxruntime", ("--float-logits",), timed=True),
     Setting("onnxruntime", "u8s8 entropy", "onnxruntime", ("--float-logits", "--method", "entropy")),
     Setting("onnxruntime", "u8s8 percentile", "onnxruntime", ("--float-logits", "--method", "percentile")),
