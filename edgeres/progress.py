@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar
@@ -32,14 +32,14 @@ def say(message: str) -> None:
 
 
 @contextmanager
-def busy(what: str) -> Iterator[None]:
-    """A spinner on a terminal, for work of a few seconds that has no steps to count."""
+def busy(what: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on a terminal, for work that has no steps to count; what it yields changes the text beside it."""
     console = _console.get()
     if console is None or not console.is_terminal:
-        yield
+        yield lambda text: None
         return
-    with console.status(what):
-        yield
+    with console.status(what) as status:
+        yield status.update
 
 
 class Step(Protocol):
