@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from loader import alone, peak, repeated, write_photos
 
-from edgeres import graph, machine
+from edgeres import equalize, graph, machine
 from edgeres.calibrate import calibrate
 from edgeres.data import ImageSet
 from edgeres.files import write_json
@@ -94,14 +94,18 @@ def variants(model: Path, images: ImageSet, ready: list[Batch], batch: int) -> d
             for b in ready:
                 runner.infer(b.pixels)
 
-    def whole(batches: Any) -> None:
-        table = calibrate(graph.load(model), batches, {})
+    def whole(batches: Any, even: list[Batch] | None = None) -> None:
+        proto = graph.load(model)
+        if even:
+            proto = equalize.equalize(proto, equalize.measure(proto, even))
+        table = calibrate(proto, batches, {})
         for r in table.tensors.values():
             METHODS["entropy"](r, 255)
 
     return {
         "bare FP32 pass": bare,
         "edgeres, with entropy thresholds": lambda: whole(ready),
+        "the same, channels evened out first": lambda: whole(ready, ready[: -(-equalize.IMAGES // batch)]),
         "the same, from image files": lambda: whole(Loader(images, PREPROCESS, batch)),
     }
 

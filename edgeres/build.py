@@ -19,6 +19,8 @@ from edgeres.targets import Target
 
 FORMAT = "edgeres engine 1"
 RECORD = "engine.json"
+COPIED = ("depth", "variant", "classes", "batch", "preprocess", "io", "quantization", "chosen", "kept_fp32")
+"""What an engine's record says as the typed model's metadata do."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,8 @@ def build(typed: Path, folder: Path, target_name: str, target: Target) -> Engine
         "target": target_name,
         "executor": target.executor,
         "precision": made["precision"],
-        **{k: made.get(k) for k in ("depth", "variant", "classes", "batch", "preprocess")},
-        **{k: made[k] for k in ("io", "quantization", "chosen", "kept_fp32") if k in made},
+        **dict.fromkeys(("depth", "variant", "classes", "batch", "preprocess")),
+        **{k: v for k, v in made.items() if k in COPIED},
         "fusion": asdict(fusion),
         "made_from": {"onnx": sha256_file(typed), "model": made.get("model", graph.digest(model))},
         "built_with": {

@@ -91,15 +91,18 @@ class RangeTable:
     tensors: dict[str, TensorRange] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {"format": FORMAT, **vars(self), "tensors": {name: r.to_json() for name, r in self.tensors.items()}}
+        """Plain JSON values; the exponents of a group as one line of numbers."""
+        exponents = {group: " ".join(map(str, powers)) for group, powers in self.exponents.items()}
+        tensors = {name: r.to_json() for name, r in self.tensors.items()}
+        return {"format": FORMAT, **vars(self), "exponents": exponents, "tensors": tensors}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> RangeTable:
         """The inverse of `to_json`; `ValueError` saying what is wrong."""
         try:
+            exponents = {group: [int(p) for p in text.split()] for group, text in value["exponents"].items()}
             tensors = {name: TensorRange.from_json(r) for name, r in value["tensors"].items()}
-            return cls(dict(value["made_from"]), value["images"], value["skipped"], dict(value["exponents"]), tensors)
+            return cls(dict(value["made_from"]), value["images"], value["skipped"], exponents, tensors)
         except KeyError as error:
             raise ValueError(f"{error} is missing") from error
         except (AttributeError, TypeError, zlib.error) as error:

@@ -11,7 +11,6 @@ from typing import Any
 
 from edgeres import graph
 from edgeres.calibrate import RangeTable
-from edgeres.equalize import equalize
 from edgeres.errors import InputError
 from edgeres.quantize import SCHEMES, activation_scales, pairs
 
@@ -29,13 +28,12 @@ def header(version: str, algorithm: str = ALGORITHM) -> str:
 
 
 def scales(model: Any, table: RangeTable, method: str) -> dict[str, float]:
-    """Scale of every tensor of the equalized ``model`` but the logits, whose layer then stays in FP16.
+    """Scale of every tensor of ``model``, equalized as ``table`` says, but the logits, whose layer then stays in FP16.
 
     What only a ReLU reads is fused with it and has the ReLU's scale; what carries another tensor's values has that
     one's.
     """
     scheme = SCHEMES["implicit"]
-    model = equalize(model, table.exponents)
     found = activation_scales(model, table, scheme, method, pairs(model, scheme))
     out = {name: float(scale) for name, (scale, _) in found.items()}
     for node in reversed(model.graph.node):
@@ -59,11 +57,11 @@ def read(text: str) -> tuple[str, dict[str, float]]:
         raise InputError("this is no TensorRT calibration cache", evidence=f"it begins with {first[:40]!r}")
     found = {}
     for number, line in enumerate(lines, 2):
-        name, separator, digits = line.rpartition(": ")
+        name, _, digits = line.rpartition(": ")
         try:
+            if not (name and digits):
+                raise ValueError("a name or a scale is missing")
             (found[name],) = struct.unpack(">f", bytes.fromhex(digits.zfill(8)))
         except (ValueError, struct.error) as error:
             raise InputError("the calibration cache is damaged", evidence=f"line {number}: {line!r}") from error
-        if not separator:
-            raise InputError("the calibration cache is damaged", evidence=f"line {number}: {line!r}")
     return first, found

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from edgeres import graph
-from edgeres.errors import need
+from edgeres.errors import InputError, need
 from edgeres.loader import Batch
 from edgeres.probe import Probe
 
@@ -82,6 +82,8 @@ def measure(model: Any, batches: Iterable[Batch]) -> dict[str, list[int]]:
     channels = Channels(model)
     branches = {graph.main_branch(model, n) for n in model.graph.node if n.op_type == "Add"}
     group_of = {t: g for t in graph.activations(model) if t not in branches and (g := channels.of(t)) in channels.free}
+    if not group_of:
+        return {}
     probe = Probe(model, list(group_of))
     seen: dict[str, list[np.ndarray]] = {name: [] for name in probe.inner}
     for batch in batches:
@@ -104,13 +106,20 @@ def measure(model: Any, batches: Iterable[Batch]) -> dict[str, list[int]]:
 def equalize(model: Any, exponents: dict[str, list[int]]) -> Any:
     """``model`` with channel c of each group times 2^(exponents[c] / PER_OCTAVE) -> ModelProto with the same logits.
 
-    The same, that is, up to FP32 rounding: over 130 dB.
+    The same, that is, up to FP32 rounding: over 130 dB. Raises `InputError` if ``exponents`` are of another model.
     """
     numpy_helper = need("onnx.numpy_helper", "onnx")
     channels = Channels(model)
     arrays = graph.initializers(model)
     kinds = {name: a.dtype for name, a in arrays.items()}
     for group, powers in exponents.items():
+        width = len(arrays[channels.writers[group][0].input[1]]) if group in channels.free else 0
+        if not isinstance(powers, list) or len(powers) != width or not all(type(p) is int for p in powers):
+            raise InputError(
+                "the range table's channel factors do not fit the model",
+                evidence=f"for {group!r}, which has {width} channels that can be scaled: {powers!r:.60}",
+                hint="the table was edited or is of another model; `edgeres calibrate` makes it anew",
+            )
         factor = np.exp2(np.asarray(powers) / PER_OCTAVE)
         for node in channels.writers[group]:
             for name in node.input[1:]:

@@ -44,6 +44,10 @@ def fp16(model: Any, magnitudes: Mapping[str, float] | None = None) -> Any:
     arrays = graph.initializers(model)
     # a scale may be small, but what it scales must be representable
     too_large |= {n for n, a in arrays.items() if a.dtype == np.float32 and np.abs(a).max(initial=0) > LARGEST}
+    pairs = [n for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    for node in pairs:  # these hand on values as large as they get
+        if too_large & {*node.input}:
+            too_large |= {*node.output}
     nodes: list[Any] = []
     constants: dict[str, np.ndarray] = {}
     types: dict[str, int] = {graph.INPUT: SINGLE}  # of the floating point tensors
@@ -68,7 +72,7 @@ def fp16(model: Any, magnitudes: Mapping[str, float] | None = None) -> Any:
     kept = []
     for node in model.graph.node:
         single = too_large & {*node.input, *node.output}
-        if single:
+        if single and node not in pairs:
             kept.append(node.name)
         kind = SINGLE if single else HALF
         new = type(node)()
@@ -85,7 +89,7 @@ def fp16(model: Any, magnitudes: Mapping[str, float] | None = None) -> Any:
         say(f"{len(kept)} operators stay in FP32, their values do not fit FP16: {', '.join(kept[:5])}")
     out = type(model)()
     out.CopyFrom(model)
-    if any(n.op_type == "QuantizeLinear" for n in nodes):
+    if pairs:
         graph.raise_opset(out, SCALES_OPSET)
     del out.graph.node[:], out.graph.initializer[:], out.graph.value_info[:]
     out.graph.node.extend(nodes)

@@ -157,15 +157,10 @@ def main_branch(model: Any, add: Any) -> str | None:
     """
     producer = {out: node for node in model.graph.node for out in node.output}
     readers = consumers(model)
-
-    def layers(tensor: str) -> int:
-        """Layers on the longest way from the graph's input."""
-        node = producer.get(tensor)
-        return 0 if node is None else (node.op_type in LAYERS) + max(depth[i] for i in node.input)
-
-    depth: dict[str, int] = dict.fromkeys([model.graph.input[0].name, *(t.name for t in model.graph.initializer)], 0)
+    depth: dict[str, int] = {}  # layers on the longest way from the graph's input
     for node in model.graph.node:
-        depth.update({out: layers(out) for out in node.output})
+        here = (node.op_type in LAYERS) + max((depth.get(i, 0) for i in node.input), default=0)
+        depth.update(dict.fromkeys(node.output, here))
     bare = [i for i in add.input if i in producer and producer[i].op_type == "Conv" and len(readers[i]) == 1]
     return max(bare, key=depth.__getitem__, default=None)
 
@@ -188,4 +183,5 @@ def raise_opset(model: Any, opset: int) -> None:
     for entry in model.opset_import:
         if entry.domain in ("", "ai.onnx"):
             entry.version = max(entry.version, opset)
-    model.ir_version = max(model.ir_version, helper.find_min_ir_version_for(model.opset_import))
+    least = helper.find_min_ir_version_for(model.opset_import, ignore_unknown=True)  # other domains have no say
+    model.ir_version = max(model.ir_version, least)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from edgeres import graph
-from edgeres.errors import BuildError, need
+from edgeres.errors import BuildError
 from edgeres.quantize import INTEGER, Scheme
 
 
@@ -83,7 +83,7 @@ def _granularity(node: Any, constants: dict[str, np.ndarray], producer: dict[str
     origin = source.input[0] if node.op_type == "DequantizeLinear" and source is not None else node.input[0]
     if origin not in constants:
         return [f"{node.name}: {scale.size} scales on an activation, which takes one"]
-    axis = need("onnx.helper", "onnx").get_node_attr_value(node, "axis") if node.attribute else 1
+    axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
     if axis != 0 or constants[origin].shape[0] != scale.size:
         return [f"{node.name}: weight scales along axis {axis}, INT8 needs the output channels, axis 0"]
     return []

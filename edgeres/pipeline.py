@@ -106,6 +106,8 @@ def ensure_table(job: Job, model: Any) -> tuple[Path, RangeTable]:
     if job.table.is_file():
         try:
             table = RangeTable.load(job.table)
+            if (was := table.made_from.get("channels")) != made_from["channels"]:
+                raise StaleError(f"its channels are {was}, and are to be {made_from['channels']}")
             table.require(made_from)
             return job.table, table
         except (InputError, StaleError) as error:
@@ -137,7 +139,8 @@ def quantize_model(job: Job, output: Path | None = None) -> Path:
             "table": sha256_file(table_path),
             "images": table.images,
         }
-    have = recorded(path) if path.is_file() else {}
+    complete = path.is_file() and (target.scheme != "implicit" or path.with_suffix(".cache").is_file())
+    have = recorded(path) if complete else {}
     if {k: v for k, v in have.items() if k not in MEASURED} == asked:
         say(f"{job.show(path)} is up to date")
         return path
@@ -213,14 +216,14 @@ def ensure_engine(job: Job, output: Path | None = None) -> build.Engine:
     """The engine for the recipe's precision and target, with everything it is made from."""
     name = job.recipe.engine.target
     target = load_target(name, job.recipe.engine.precision)
+    tool = executor(target.executor)  # before the minutes that the rest takes
     typed = quantize_model(job)
     folder = output or job.folder
     try:
         engine = build.Engine.load(folder)
-        version = executor(target.executor).version()
         if (
             engine.record["made_from"]["onnx"] == sha256_file(typed)
-            and engine.record["built_with"][target.executor] == version
+            and engine.record["built_with"][target.executor] == tool.version()
         ):
             say(f"{job.show(folder)} is up to date")
             return engine

@@ -63,10 +63,10 @@ def int8(model: Any, table: RangeTable, scheme: Scheme, method: str, keep: Colle
 
     ``keep`` names nodes that stay in floating point. Raises `StaleError` if ``table`` is of another model.
     """
-    table.require({"model": graph.digest(model)})
     helper, numpy_helper = need("onnx.helper", "onnx"), need("onnx.numpy_helper", "onnx")
     if done := [n.name for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]:
         raise InputError("the model is quantized already", evidence=f"node {done[0]}", hint="give the FP32 model")
+    table.require({"model": graph.digest(model)})
     out = equalize(model, table.exponents)
     g = out.graph
     weights = graph.initializers(out)
@@ -100,9 +100,9 @@ def int8(model: Any, table: RangeTable, scheme: Scheme, method: str, keep: Colle
         if node.op_type in graph.LAYERS and node.name not in keep and node.input[0] in held:
             _check_gemm(node)
             data, weight, *bias = node.input
-            x_scale, w = scales[data][0], weights[weight]
+            w, x_scale = weights[weight], scales[data][0] if scheme.int32_bias else np.ones((), np.float32)
             b = weights[bias[0]] if bias and scheme.int32_bias else np.zeros(len(w), np.float32)
-            integers, w_scale = quantize_weight(w, scheme.weight_bits, np.abs(b) / x_scale, scheme.rest)
+            integers, w_scale = quantize_weight(w, scheme.weight_bits, b, x_scale, scheme.rest)
             if scheme.int8_weights:
                 new.input[1] = constant(weight, integers, w_scale)
             else:
@@ -137,7 +137,8 @@ def pairs(model: Any, scheme: Scheme, keep: Collection[str] = ()) -> set[str]:
         tensors |= {name for n in nodes if n.op_type == "Add" for name in n.input}
     if not scheme.main_branch:
         tensors -= {graph.main_branch(model, n) for n in nodes if n.op_type == "Add"}
-    return tensors - {t.name for t in model.graph.initializer} - {o.name for o in model.graph.output}
+    others = (*model.graph.initializer, *model.graph.output)
+    return tensors - {"", *(t.name for t in others)}  # "" is an optional input left out
 
 
 def activation_scales(
@@ -151,14 +152,13 @@ def activation_scales(
             raise InputError(f"the range table does not cover tensor {source}", hint="calibrate this model again")
         measured = table.tensors[source]
         if scheme.signed:
-            scale = np.float32(METHODS[method](magnitudes(measured), 127)[1] / 127)
+            scale = METHODS[method](magnitudes(measured), 127)[1] / 127
             zero = np.asarray(0, np.int8)
         else:
             lo, hi = METHODS[method](measured, 255)
-            scale = np.float32((hi - lo) / 255)
+            scale = (hi - lo) / 255
             zero = np.asarray(np.clip(np.rint(-lo / scale) if scale else 0, 0, 255), np.uint8)
-        least = np.finfo(np.float16 if scheme.rest == "fp16" else np.float32).tiny
-        scales[name] = np.asarray(scale if scale > least else np.float32(1)), zero  # a constant zero: any will do
+        scales[name] = _normal(np.asarray(scale), scheme.rest), zero
     return scales
 
 
@@ -170,21 +170,28 @@ def magnitudes(r: TensorRange) -> TensorRange:
 
 
 def quantize_weight(
-    weight: np.ndarray, bits: int = 8, bias_steps: np.ndarray | float = 0, rest: str = "fp32"
+    weight: np.ndarray, bits: int = 8, bias: np.ndarray | float = 0, x_scale: np.ndarray | float = 1, rest: str = "fp32"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weight (K, ...) -> int8 (K, ...) and scale float32 (K,): absmax / (2^(bits-1) - 1) per output channel.
 
-    A channel of zeros gets scale 1. ``bias_steps`` (K,) is |bias| / activation scale: a scale so small that its bias
-    would not fit int32 is raised until it does. With ``rest`` fp16, scales are at least FP16's smallest normal number.
+    A channel of zeros gets scale 1, and so does one whose products with the input, of ``x_scale``, vanish in FP32. A
+    scale so small that ``bias`` (K,) would not fit int32 is raised until it does. ``rest``: precision of the scales.
     """
     top = 2 ** (bits - 1) - 1
     absmax = np.abs(weight.reshape(len(weight), -1)).max(1)
-    scale = np.maximum(absmax / top, bias_steps / np.float32(2**30))
-    if rest == "fp16":
-        scale = np.where(scale > 0, np.maximum(scale, np.finfo(np.float16).tiny), 1)
-    scale = np.where(scale > np.finfo(np.float32).tiny, scale, 1).astype(np.float32)
+    scale = np.maximum(absmax / top, np.abs(bias) / (x_scale * np.float32(2**30)))
+    scale = _normal(np.where(scale * x_scale > np.finfo(np.float32).tiny, scale, 0), rest)
     integers = np.rint(weight / scale.reshape(-1, *[1] * (weight.ndim - 1)))
     return np.clip(integers, -top - 1, top).astype(np.int8), scale
+
+
+def _normal(scale: np.ndarray, rest: str) -> np.ndarray:
+    """``scale`` as executors take it, float32 and no subnormal number of precision ``rest``.
+
+    1 where it is as good as 0: what it scales is a constant 0, and any will do.
+    """
+    scale = np.where(scale > np.finfo(np.float32).tiny, scale, 1)
+    return np.maximum(scale, np.finfo(np.float16).tiny if rest == "fp16" else 0).astype(np.float32)
 
 
 def _source(model: Any, name: str, same: tuple[str, ...]) -> str:

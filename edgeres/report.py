@@ -80,10 +80,11 @@ def table(results: list[dict[str, Any]]) -> Table:
         lo, hi = r["drop"]["interval"]
         noise = "exact" if r["sqnr_db"] in (None, float("inf")) else f"{r['sqnr_db']:.1f} dB"
         middle = f"{r['drop']['top1']:+.2f}", f"{lo:+.2f} {hi:+.2f}", f"{r['agreement']['top1']:.2f}", noise
-        row(r["precision"].upper(), r["engine"], *middle)
+        row(_label(r, results), r["engine"], *middle)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     gap = 2 if sum(widths) + 2 * (len(widths) - 1) <= 80 else 1  # a number cut short would be a wrong number
-    title = f"{first['model']} on {first['target']}, {first['images']:,} images"
+    where = " and ".join(dict.fromkeys(r["target"] for r in results))
+    title = f"{first['model']} on {where}, {first['images']:,} images"
     out = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, gap, 0, 0))
     for i, heading in enumerate(rows[0]):
         out.add_column(heading, justify="right" if i else "left", no_wrap=True)
@@ -92,11 +93,17 @@ def table(results: list[dict[str, Any]]) -> Table:
     return out
 
 
+def _label(result: dict[str, Any], among: list[dict[str, Any]]) -> str:
+    """An engine's precision; with its target, where ``among`` are several."""
+    several = len({r["target"] for r in among}) > 1
+    return result["precision"].upper() + f" {result['target']}" * several
+
+
 def verdicts(results: list[dict[str, Any]]) -> list[Text]:
     """A line per engine with a budget, then what the user should know about each engine."""
     lines = []
     for r in results:
-        name, word = r["precision"].upper(), r["verdict"]
+        name, word = _label(r, results), r["verdict"]
         if word is not None:
             style = {"PASS": "green", "FAIL": "red"}.get(word, "yellow")
             drop = f"drop {r['drop']['top1']:+.2f}, at worst {r['drop']['interval'][1]:+.2f}"

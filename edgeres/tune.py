@@ -19,7 +19,7 @@ from edgeres.errors import BuildError, need
 from edgeres.fidelity import decibels, squares
 from edgeres.loader import Batch
 from edgeres.progress import bar, say
-from edgeres.quantize import Scheme, int8
+from edgeres.quantize import SAME_VALUES, Scheme, int8
 from edgeres.recipe import AUTO
 from edgeres.thresholds import METHODS
 
@@ -27,6 +27,8 @@ HELD_OUT = 128
 """Images that fidelity is measured on, where the calibration set has as many to spare."""
 COLLAPSED = 90.0
 """Top-1 agreement with FP32 in percent below which a model is not taken as it is."""
+NOISE = 3.0
+"""SQNR in dB, likewise: images that all are of one class agree with a constant too."""
 CLEAN = 60.0
 """SQNR in dB from which a tensor counts as exact."""
 STEPS = (1, 2, 4, 8, 16)
@@ -40,6 +42,11 @@ class Fidelity:
     agreement: float
     sqnr_db: float
     images: int
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether a model is not to be taken as it is."""
+        return self.agreement < COLLAPSED or self.sqnr_db < NOISE
 
     def __str__(self) -> str:
         return f"{self.sqnr_db:.1f} dB, {self.agreement:.1f}% agreement on {self.images} images"
@@ -88,27 +95,28 @@ def choose(model: Any, table: RangeTable, scheme: Scheme, method: str, held: Hel
     methods = list(METHODS) if method == AUTO else [method]
     models = {m: int8(model, table, scheme, m) for m in methods}
     tried = _measure(models, held)
-    if tried[next(iter(tried))].agreement < COLLAPSED and method != AUTO:
+    if tried[next(iter(tried))].collapsed and method != AUTO:
         say(f"{method} collapses ({tried[method]}): try the other methods")
         others = {m: int8(model, table, scheme, m) for m in METHODS if m != method}
         tried = _sorted(tried | _measure(others, held))
         models |= others
     best = next(iter(tried))
-    if tried[best].agreement >= COLLAPSED:
+    if not tried[best].collapsed:
         if best != method:
             say(f"{best} is the most faithful: {tried[best]}")
         return Choice(models[best], best, [], tried)
     say(f"every method collapses, {best} least ({tried[best]}): keep the worst layers in {scheme.rest.upper()}")
     worst = worst_layers(equalize(model, table.exponents), models[best], held)
     for count in STEPS:
-        kept = worst[:count]
-        candidate = int8(model, table, scheme, best, kept)
+        keep = _with_input(model, worst[:count])
+        kept = [name for name in worst if name in keep]
+        candidate = int8(model, table, scheme, best, keep)
         found = held.fidelity(candidate)
         say(f"{', '.join(kept)} in {scheme.rest.upper()}: {found}")
-        if found.agreement >= COLLAPSED:
+        if not found.collapsed:
             return Choice(candidate, best, kept, {best: found} | {m: f for m, f in tried.items() if m != best})
     raise BuildError(
-        f"INT8 does not hold what FP32 computes: {found.agreement:.1f}% agreement",
+        f"INT8 does not hold what FP32 computes: {found}",
         evidence="\n".join(f"{m}: {f}" for m, f in tried.items())
         + f"\n{best}, {len(kept)} layers in {scheme.rest.upper()}: {found}",
         hint="build with --precision fp16; check that calibration images are prepared as the network was trained",
@@ -127,6 +135,17 @@ def worst_layers(model: Any, quantized: Any, held: Held) -> list[str]:
     found = {n: min(decibels(*squares(a, b)), CLEAN) for n, a, b in zip(names, reference, noisy, strict=True)}
     loss = {n.name: found.get(n.input[0], CLEAN) - found[n.output[0]] for n in layers}
     return sorted(loss, key=lambda name: -loss[name])
+
+
+def _with_input(model: Any, layers: Collection[str]) -> set[str]:
+    """Names of ``layers``, and of all nodes that read or write what those read: a pair would be left on it else."""
+    keep = set(layers)
+    tensors = {n.input[0] for n in model.graph.node if n.name in keep}
+    for node in reversed(model.graph.node):
+        if tensors & {*node.output}:
+            keep.add(node.name)
+            tensors |= {*node.input} if node.op_type in SAME_VALUES else set()
+    return keep | {n.name for n in model.graph.node if tensors & {*n.input}}
 
 
 def _session(model: Any, outputs: list[str]) -> Any:

@@ -25,8 +25,9 @@ def pytest_report_header() -> str:
     """Versions that results depend on."""
     import onnx
     import onnxruntime
+    import openvino
 
-    packages = (torch, onnx, onnxruntime, np)
+    packages = (torch, onnx, onnxruntime, openvino, np)
     return ", ".join([*(f"{p.__name__} {p.__version__}" for p in packages), f"{os.cpu_count()} cores"])
 
 

@@ -15,8 +15,9 @@ from edgeres.build import RECORD, Engine, build
 from edgeres.calibrate import calibrate
 from edgeres.errors import InputError, StaleError
 from edgeres.files import sha256_file
+from edgeres.fp16 import fp16
 from edgeres.loader import Batch
-from edgeres.quantize import Scheme, fp16, int8
+from edgeres.quantize import Scheme, int8
 from edgeres.runners.onnxruntime import audit
 from edgeres.targets import load_target
 
@@ -31,8 +32,9 @@ def typed(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     models = {"fp32": model, "fp16": fp16(model), "int8": int8(model, table, Scheme("onnxruntime"), "minmax")}
     folder = tmp_path_factory.mktemp("typed")
     for precision, typed in models.items():
-        extra = {"quantization": {"method": "minmax"}} if precision == "int8" else {}
-        graph.set_metadata(typed, {**graph.metadata(typed), **extra, "model": "d" * 64})
+        extra: dict[str, Any] = {"quantization": {"method": "minmax"}, "chosen": {}} if precision == "int8" else {}
+        extra |= {"precision": precision, "io": "fp32", "model": "d" * 64}
+        graph.set_metadata(typed, {**graph.metadata(typed), **extra})
         graph.save(typed, folder / f"{precision}.onnx")
     return {precision: folder / f"{precision}.onnx" for precision in models}
 
@@ -51,7 +53,9 @@ def test_the_record_says_what_the_engine_is(typed: dict[str, Path], tmp_path: Pa
     assert (record["precision"], record["variant"], record["target"]) == (precision, "v1.5", "cpu")
     assert (record["classes"], record["batch"], record["executor"]) == (4, None, "onnxruntime")
     assert record["preprocess"]["crop"] == 32
-    assert record["quantization"] == ({"method": "minmax"} if precision == "int8" else None)
+    assert record["io"] == "fp32"
+    assert record.get("quantization") == ({"method": "minmax"} if precision == "int8" else None)
+    assert record.get("chosen") == ({} if precision == "int8" else None)
     assert record["sha256"] == sha256_file(engine.path) == sha256_file(tmp_path / "e" / record["file"])
     assert record["size_bytes"] == len(engine.path.read_bytes())
     assert record["made_from"] == {"onnx": sha256_file(typed[precision]), "model": "d" * 64}

@@ -150,6 +150,16 @@ def test_run_keeps_the_results(workspace: Path, checkpoint: Path, edgeres: Run) 
     assert kept["provenance"]["quantization"]["method"] == "minmax"
 
 
+def test_interface_equalization_and_method_are_flags(workspace: Path, tiny_path: Path, edgeres: Run) -> None:
+    flags = ("--io", "uint8", "--method", "auto", "--no-equalize")
+    built = edgeres("build-engine", "--model", tiny_path, *flags, "--json")
+    assert built.exit_code == 0, built.stderr
+    record = json.loads(built.stdout)
+    assert (record["io"], record["quantization"]["method"]) == ("uint8", "auto")
+    assert record["chosen"]["method"] != "auto"
+    assert calibrate.RangeTable.load(Path("calibration/tiny.json")).exponents == {}
+
+
 # --- bad input: one clear message each, and nothing half-written ---
 
 

@@ -159,3 +159,10 @@ def test_threads_keep_the_order_and_hold_few_results() -> None:
 def test_what_a_thread_raises_arrives() -> None:
     with pytest.raises(ZeroDivisionError):
         list(threaded(lambda i: 1 // i, [2, 1, 0]))
+
+
+def test_without_leaves_out_by_path_and_keeps_order_and_labels() -> None:
+    images = ImageSet(Path("a"), ("x", "y", "z"), (0, 1, 2), ("p", "q", "r"))
+    rest = images.without(ImageSet(Path("b"), ("y", "w"), None))
+    assert (rest.paths, rest.labels, rest.classes) == (("x", "z"), (0, 2), ("p", "q", "r"))
+    assert len(images.without(images)) == 0

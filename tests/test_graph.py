@@ -163,3 +163,85 @@ def test_initializers_are_arrays_by_name(tiny: Any) -> None:
     constants = graph.initializers(tiny)
     assert constants["conv1.weight"].shape == (8, 3, 7, 7)
     assert len(constants) == 2 * 16
+
+
+def residual(shortcut: list[Any], inputs: list[str]) -> Any:
+    """Convolutions "a" and "b", one after the other, and the Add "sum" of ``inputs``; ``shortcut`` comes before."""
+    nodes = [
+        *shortcut,
+        helper.make_node("Conv", [graph.INPUT, "w"], ["a"], name="a"),
+        helper.make_node("Relu", ["a"], ["r"], name="r"),
+        helper.make_node("Conv", ["r", "w"], ["b"], name="b"),
+        helper.make_node("Add", inputs, ["sum"], name="sum"),
+        helper.make_node("Relu", ["sum"], [graph.OUTPUT], name="last"),
+    ]
+    ends = [helper.make_tensor_value_info(name, 1, ["N", 2, 4, 4]) for name in (graph.INPUT, graph.OUTPUT)]
+    weight = numpy_helper.from_array(np.ones((2, 2, 1, 1), np.float32), "w")
+    return helper.make_model(helper.make_graph(nodes, "residual", ends[:1], ends[1:], [weight]))
+
+
+def main_branch(model: Any) -> str | None:
+    return graph.main_branch(model, next(n for n in model.graph.node if n.name == "sum"))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_main_branch_comes_bare_from_a_convolution(order: int) -> None:
+    assert main_branch(residual([], ["b", graph.INPUT][::order])) == "b"
+    relu = helper.make_node("Relu", [graph.INPUT], ["s"])
+    assert main_branch(residual([relu], ["s", "b"][::order])) == "b"
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_longer_of_two_branches_is_the_main_one(order: int) -> None:
+    side = helper.make_node("Conv", [graph.INPUT, "w"], ["s"])
+    assert main_branch(residual([side], ["s", "b"][::order])) == "b"
+    longer = [
+        helper.make_node("Conv", [graph.INPUT, "w"], ["s1"]),
+        helper.make_node("Conv", ["s1", "w"], ["s2"]),
+        helper.make_node("Conv", ["s2", "w"], ["s"]),
+    ]
+    assert main_branch(residual(longer, ["s", "b"][::order])) == "s"
+
+
+def test_an_add_without_a_bare_convolution_has_no_main_branch() -> None:
+    assert main_branch(residual([], ["r", graph.INPUT])) is None
+
+
+def test_what_others_read_too_is_no_main_branch() -> None:
+    model = residual([], ["b", graph.INPUT])
+    model.graph.node.append(helper.make_node("Neg", ["b"], ["other"]))
+    assert main_branch(model) is None
+
+
+def test_nodes_without_inputs_and_inputs_left_out_do_not_matter() -> None:
+    constant = helper.make_node("Constant", [], ["most"], value=numpy_helper.from_array(np.float32(6)))
+    clip = helper.make_node("Clip", [graph.INPUT, "", "most"], ["s"])
+    assert main_branch(residual([constant, clip], ["s", "b"])) == "b"
+
+
+def test_the_main_branches_of_a_resnet_are_its_last_convolutions(tiny: Any) -> None:
+    found = [graph.main_branch(tiny, n) for n in tiny.graph.node if n.op_type == "Add"]
+    assert found == [f"{b}.conv3" for b in BLOCKS]
+
+
+@pytest.mark.parametrize(("opset", "became", "ir"), [(13, 17, 8), (17, 17, 8), (19, 19, 9), (21, 21, 10)])
+def test_the_opset_is_raised_and_never_lowered(tiny: Any, opset: int, became: int, ir: int) -> None:
+    tiny.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    graph.raise_opset(tiny, opset)
+    assert [(o.domain, o.version) for o in tiny.opset_import] == [("", became), ("com.microsoft", 1)]
+    assert tiny.ir_version == ir
+
+
+@pytest.mark.parametrize("opset", [13, 19, 21, 22])
+def test_a_raised_model_is_valid_and_computes_the_same(opset: int) -> None:
+    nodes = [helper.make_node("Relu", [graph.INPUT], [graph.OUTPUT], name="r")]
+    model = small(nodes)
+    graph.raise_opset(model, opset)
+    onnx.checker.check_model(model, full_check=True)
+    assert model.graph == small(nodes).graph
+
+
+def test_an_ir_newer_than_needed_stays(tiny: Any) -> None:
+    tiny.ir_version = 10
+    graph.raise_opset(tiny, 19)
+    assert tiny.ir_version == 10

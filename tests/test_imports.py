@@ -13,6 +13,7 @@ from edgeres.cli import cli
 
 BASE = Path(__file__).parents[1] / ".venv-base" / "bin" / "python"
 HEAVY = {"torch", "onnx", "onnxruntime", "PIL", "sklearn", "scipy", "safetensors", "numpy"}
+HEAVY |= {"numba", "matplotlib", "openvino"}
 HELPS = [["--help"], *([name, "--help"] for name in cli.commands), ["data", "check", "--help"]]
 
 

@@ -172,7 +172,8 @@ def test_bad_values_are_refused_with_file(tmp_path: Path, text: str, cause: str)
 def test_a_near_miss_is_suggested_for_a_value(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as error:
         load_recipe(tmp_path, write(tmp_path / "a.toml", '[calibration]\nmethod = "entropi"'))
-    assert error.value.hint == "did you mean 'entropy'? choose from: minmax, entropy, percentile, mse"
+    choices = "minmax, entropy, percentile-99.9, percentile-99.99, percentile, mse, auto"
+    assert error.value.hint == f"did you mean 'entropy'? choose from: {choices}"
 
 
 def test_a_bad_flag_is_refused_too(tmp_path: Path) -> None:

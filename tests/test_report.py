@@ -203,3 +203,14 @@ def test_no_number_in_the_record_is_of_numpy() -> None:
     comparison = Comparison()
     comparison.add(reference, reference + 0.1 * reference[::-1], np.arange(20) % 4)
     walk(make(comparison))
+
+
+def test_engines_of_several_targets_are_told_apart() -> None:
+    other = {**make(notes=("slow",)), "target": "cpu-openvino"}
+    title, _, _, first, second = shown([make(), other])
+    assert title.strip() == "resnet50 v1.5 on cpu and cpu-openvino, 2,000 images"
+    assert first.startswith("INT8 cpu ")
+    assert second.startswith("INT8 cpu-openvino ")
+    lines = [line.plain for line in verdicts([make(), other])]
+    assert [line.split(" PASS")[0] for line in lines[:2]] == ["INT8 cpu", "INT8 cpu-openvino"]
+    assert lines[2] == "INT8 cpu-openvino note: slow"

@@ -9,6 +9,7 @@ from conftest import CLASSES, tiny_resnet
 from edgeres import graph
 from edgeres.errors import BuildError, InputError, UsageError
 from edgeres.export import export_onnx
+from edgeres.loader import normalizer
 from edgeres.recipe import Preprocess
 from edgeres.runners import Runner, open_runner
 from edgeres.runners.onnxruntime import OnnxRuntimeRunner
@@ -150,3 +151,44 @@ def test_a_missing_file_is_a_build_error_that_names_it(tmp_path: Path) -> None:
 def test_an_unknown_executor_is_refused(tiny_path: Path) -> None:
     with pytest.raises(InputError, match="no runner for executor 'abacus'"):
         open_runner(tiny_path, "abacus")
+
+
+@pytest.mark.parametrize("order", ["RGB", "BGR"])
+def test_uint8_pixels_come_back_from_normalized_ones_exactly(order: str) -> None:
+    runner = Recorder(None)
+    runner.dtype, runner.input_size = np.dtype(np.uint8), 16
+    runner.preprocess = Preprocess(crop=16, channel_order=order)
+    rng = np.random.default_rng(0)
+    decoded = np.stack([rng.permutation(256).reshape(16, 16) for _ in range(3)], axis=2).astype(np.uint8)  # (H, W, RGB)
+    pixels = np.empty((3, 16, 16), np.float32)
+    normalizer(runner.preprocess)(pixels, decoded)
+    raw = decoded.transpose(2, 0, 1)[:: 1 if order == "RGB" else -1]
+    np.testing.assert_array_equal(runner.prepare(pixels[None])[0], raw)
+    runner.infer(pixels[None])
+    runner.infer(raw[None])  # prepared already
+    assert [c.dtype for c in runner.calls] == [np.uint8] * 2
+    np.testing.assert_array_equal(*runner.calls)
+
+
+def test_a_uint8_runner_without_its_preprocess_refuses_normalized_pixels() -> None:
+    runner = Recorder(None)
+    runner.dtype = np.dtype(np.uint8)
+    with pytest.raises(UsageError, match="how this engine's pixels are normalized is not known"):
+        runner.infer(np.zeros((1, 3, 2, 2), np.float32))
+    assert runner.infer(np.ones((1, 3, 2, 2), np.uint8))[0, 0] == 12
+
+
+def test_float16_is_rounded_once_and_answers_come_in_float32() -> None:
+    runner = Recorder(None)
+    runner.dtype = np.dtype(np.float16)
+    pixels = PIXELS[:2, :, :2, :2]
+    assert runner.infer(pixels).dtype == np.float32
+    np.testing.assert_array_equal(runner.calls[0], pixels.astype(np.float16))
+
+
+def test_a_fixed_batch_of_uint8_is_padded_in_its_own_type() -> None:
+    runner = Recorder(4)
+    runner.dtype = np.dtype(np.uint8)
+    runner.infer(np.ones((5, 3, 2, 2), np.uint8))
+    assert [(c.dtype, c.shape) for c in runner.calls] == [(np.uint8, (4, 3, 2, 2))] * 2
+    assert runner.calls[1].sum() == 12

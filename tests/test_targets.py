@@ -27,6 +27,10 @@ def test_every_target_loads_and_runs_what_it_says(name: str) -> None:
         assert load_target(name, precision) == target
 
 
+def test_only_an_implicit_target_says_for_which_tensorrt_its_cache_is() -> None:
+    assert all((load_target(n).tensorrt is not None) == (load_target(n).scheme == "implicit") for n in names())
+
+
 def test_an_unknown_target_is_refused_with_a_suggestion() -> None:
     with pytest.raises(UsageError, match="unknown target 'cpuu'") as caught:
         load_target("cpuu")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from onnxruntime.quantization import calibrate
 
-from edgeres import recipe
+from edgeres import recipe, thresholds
 from edgeres.calibrate import BINS, TensorRange
 from edgeres.thresholds import METHODS, PERCENTILE, entropy, minmax, mse, percentile
 
@@ -146,6 +146,13 @@ def test_percentile_ignores_an_outlier() -> None:
     assert percentile(measure(draw("one outlier")), STEPS)[1] < 6
 
 
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clipping weighs as much as rounding: then the least squared error is what is known from elsewhere."""
+    monkeypatch.setattr(thresholds, "CLIPPING", 1 / STEPS)
+
+
+@pytest.mark.usefixtures("plain")
 @pytest.mark.parametrize("kind", ["normal", "laplace", "heavy", "heavy-relu", "lopsided", "negative", "one outlier"])
 def test_mse_is_as_good_as_trying_every_pair_of_ends_on_the_raw_values(kind: str) -> None:
     values = draw(kind, 8000)
@@ -159,11 +166,20 @@ def test_mse_is_as_good_as_trying_every_pair_of_ends_on_the_raw_values(kind: str
     assert chosen <= 1.001 * squared_error(x, lo, hi)
 
 
+@pytest.mark.usefixtures("plain")
 @pytest.mark.parametrize(("kind", "optimum"), [("normal", 3.92), ("laplace", 9.89 * 0.3)])
 def test_mse_finds_the_published_optimum(kind: str, optimum: float) -> None:
     # Banner et al. 2018, "Post training 4-bit quantization of convolutional networks" (ACIQ): 8-bit clipping values
     lo, hi = mse(measure(draw(kind)), STEPS)
     assert (-lo, hi) == pytest.approx((optimum, optimum), rel=0.06)
+
+
+@pytest.mark.parametrize("kind", ["laplace", "heavy", "heavy-relu"])
+def test_mse_clips_less_where_clipping_weighs_more(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    r = measure(draw(kind))
+    weighed = mse(r, STEPS)[1]
+    monkeypatch.setattr(thresholds, "CLIPPING", 1 / STEPS)
+    assert mse(r, STEPS)[1] < weighed <= r.max
 
 
 def test_mse_does_not_count_exact_zeros() -> None:

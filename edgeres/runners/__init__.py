@@ -103,7 +103,11 @@ def executor(name: str) -> Executor:
         from edgeres.runners import openvino
 
         return openvino
-    raise InputError(f"no runner for executor {name!r}", hint="this version of edgeres runs onnxruntime and openvino")
+    raise InputError(
+        f"no runner for executor {name!r}",
+        evidence="this version of edgeres builds and runs engines of onnxruntime and openvino",
+        hint="`edgeres quantize` with the same options writes the typed ONNX file for any target",
+    )
 
 
 def open_runner(path: Path, name: str) -> Runner:

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from edgeres import graph, pipeline, progress
+from edgeres.build import Engine
+from edgeres.calibrate import RangeTable
+from edgeres.errors import EdgeresError, InputError, UsageError
+from edgeres.job import Job
+from edgeres.recipe import load_recipe
+from edgeres.targets import Target, load_target, names
+
+Make = Callable[..., Job]
+
+
+@pytest.fixture
+def make(workspace: Path, tiny_path: Path) -> Make:
+    """A job on the tiny model, with flags as section__key=value."""
+
+    def job(**flags: Any) -> Job:
+        layers: dict[str, dict[str, Any]] = {}
+        for name, value in flags.items():
+            section, key = name.split("__")
+            layers.setdefault(section, {})[key] = value
+        return Job(load_recipe(workspace, flags=layers), workspace, model=tiny_path)
+
+    return job
+
+
+def told(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
+    console = Console(file=io.StringIO(), width=300)
+    with progress.to(console):
+        result = function(*arguments)
+    return result, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+CASES = [(n, p, i) for n in names() for p in load_target(n).precisions for i in ("fp32", "fp16", "uint8")]
+
+
+@pytest.mark.parametrize(("target", "precision", "kind"), CASES)
+def test_every_target_precision_and_interface(make: Make, target: str, precision: str, kind: str) -> None:
+    path = pipeline.quantize_model(make(engine__target=target, engine__precision=precision, engine__io=kind))
+    model = graph.load(path)
+    made = graph.metadata(model)
+    assert (made["precision"], made["io"]) == (precision, kind)
+    assert model.graph.input[0].type.tensor_type.elem_type == {"fp32": 1, "fp16": 10, "uint8": 2}[kind]
+    assert model.graph.output[0].type.tensor_type.elem_type == (10 if kind == "fp16" else 1)
+    operators = graph.count_ops(model)
+    implicit = target == "jetson-agx-orin-dla"
+    assert ("QuantizeLinear" in operators) == (precision == "int8" and not implicit)
+    assert (path.with_suffix(".cache").is_file()) == (precision == "int8" and implicit)
+    if precision == "int8":
+        assert made["quantization"]["scheme"] == load_target(target).scheme
+        assert made["chosen"]["method"] == "mse"
+        assert made["chosen"]["held_out"]["sqnr_db"] > 15
+    else:
+        assert "quantization" not in made
+
+
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "uint8"])
+def test_engines_of_every_interface_are_as_faithful(make: Make, kind: str) -> None:
+    job = make(engine__io=kind)
+    (result,) = pipeline.validate_engines(job, [pipeline.ensure_engine(job)])
+    assert result["sqnr_db"] > 20
+    assert result["agreement"]["top1"] > 90
+
+
+def test_held_out_images_are_not_calibration_images(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeres.tune.HELD_OUT", 16)
+    seen: list[Any] = []
+    monkeypatch.setattr(pipeline, "Loader", lambda images, *rest, **kwargs: seen.append(images) or [])
+    monkeypatch.setattr("edgeres.tune.Held", lambda model, batches: batches)
+    job = make(calibration__limit=12)
+    _, said = told(pipeline.held_out, job, graph.load(job.fp32))
+    (held,) = seen
+    assert (len(held), said) == (16, "")
+    assert not {*held.paths} & {*pipeline.calibration_images(job).paths}
+
+
+def test_a_set_with_none_to_spare_is_said(make: Make) -> None:
+    job = make()
+    held, said = told(pipeline.held_out, job, graph.load(job.fp32))
+    assert said == "fidelity is measured on calibration images: the set has only 32\n"
+    assert len(held.reference) == 32
+
+
+def test_what_is_asked_again_is_up_to_date_and_what_changes_is_made_anew(make: Make) -> None:
+    path, said = told(pipeline.quantize_model, make())
+    assert f"wrote engines/out/tiny-int8-cpu/{path.name}: int8, mse, scheme onnxruntime: " in said
+    before = path.read_bytes()
+    _, said = told(pipeline.quantize_model, make())
+    assert said == "engines/out/tiny-int8-cpu/model.onnx is up to date\n"
+    for change in ({"calibration__method": "minmax"}, {"engine__io": "uint8"}, {"calibration__equalize": False}):
+        path, said = told(pipeline.quantize_model, make(**change))
+        assert "wrote" in said
+        assert path.read_bytes() != before
+    path, said = told(pipeline.quantize_model, make())
+    assert path.read_bytes() == before
+
+
+def test_without_equalize_a_table_has_no_factors_and_the_old_one_is_stale(make: Make) -> None:
+    job = make()
+    pipeline.quantize_model(job)
+    assert RangeTable.load(job.table).exponents
+    _, said = told(pipeline.quantize_model, make(calibration__equalize=False))
+    assert "(its channels are evened out, and are to be as they are)" in said
+    assert RangeTable.load(job.table).exponents == {}
+
+
+def test_a_lost_calibration_cache_is_made_anew(make: Make) -> None:
+    job = make(engine__target="jetson-agx-orin-dla")
+    cache = pipeline.quantize_model(job).with_suffix(".cache")
+    text = cache.read_text()
+    assert text.startswith("TRT-")
+    cache.unlink()
+    pipeline.quantize_model(job)
+    assert cache.read_text() == text
+
+
+def test_auto_needs_images(make: Make, tmp_path: Path) -> None:
+    table = shutil.copy(pipeline.calibrate_model(make()), tmp_path / "table.json")
+    job = make(calibration__images=str(table), calibration__method="auto")
+    with pytest.raises(UsageError, match="auto measures fidelity on images") as caught:
+        pipeline.quantize_model(job)
+    assert "--method mse" in caught.value.hint
+    path = pipeline.quantize_model(make(calibration__images=str(table)))
+    assert graph.metadata(graph.load(path))["chosen"]["tried"] == {}
+
+
+def test_auto_records_every_method(make: Make) -> None:
+    chosen = graph.metadata(graph.load(pipeline.quantize_model(make(calibration__method="auto"))))["chosen"]
+    assert next(iter(chosen["tried"])) == chosen["method"]
+    assert len(chosen["tried"]) == 6
+
+
+def test_fp16_without_images_says_what_was_not_checked(workspace: Path, make: Make) -> None:
+    (workspace / "edgeres.toml").write_text("", encoding="utf-8")
+    _, said = told(pipeline.quantize_model, make(engine__precision="fp16"))
+    assert "activations not checked for FP16 overflow" in said
+    assert "--calibration" in said
+
+
+def test_a_target_that_cannot_be_built_here_is_refused_at_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "load_target", lambda *_: Target("", "abacus", "tensorrt", ["int8"]))
+    with pytest.raises(InputError, match="no runner for executor 'abacus'") as caught:
+        pipeline.ensure_engine(make(engine__target="desktop"))
+    assert "`edgeres quantize`" in caught.value.hint
+    assert not (make().root / "engines").exists()
+
+
+def test_a_quantized_model_is_not_quantized_again(make: Make, workspace: Path) -> None:
+    path = pipeline.quantize_model(make())
+    job = Job(load_recipe(workspace), workspace, model=path)
+    with pytest.raises(InputError, match="is not an FP32 model made by edgeres") as caught:
+        pipeline.quantize_model(job)
+    assert "precision int8" in caught.value.evidence
+
+
+def test_one_image_is_enough_and_is_said_to_tell_nothing(make: Make, tmp_path: Path, train_folder: Path) -> None:
+    (tmp_path / "one" / "a").mkdir(parents=True)
+    shutil.copy(train_folder / "class0" / "0.png", tmp_path / "one" / "a")
+    path, said = told(pipeline.quantize_model, make(calibration__images=str(tmp_path / "one")))
+    assert "one calibration image tells nothing about ranges" in said
+    assert graph.metadata(graph.load(path))["quantization"]["images"] == 1
+
+
+def test_gray_images_and_an_empty_set(make: Make, tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / "gray" / "a").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((40, 50), 60 * i, np.uint8)).save(tmp_path / "gray" / "a" / f"{i}.png")
+    path = pipeline.quantize_model(make(calibration__images=str(tmp_path / "gray")))
+    assert graph.metadata(graph.load(path))["quantization"]["images"] == 3
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(EdgeresError, match="no images in"):
+        pipeline.quantize_model(make(calibration__images=str(tmp_path / "empty")))
+
+
+def test_the_engine_record_says_how_it_was_chosen(make: Make) -> None:
+    engine = pipeline.ensure_engine(make(engine__io="uint8"))
+    record = Engine.load(engine.path.parent).record
+    assert (record["io"], record["chosen"]["method"]) == ("uint8", "mse")
+    _, said = told(pipeline.ensure_engine, make(engine__io="uint8"))
+    assert "built" not in said
