@@ -7,6 +7,7 @@ The text format: a header ``TRT-<version>-<algorithm>``, then one ``tensor: scal
 from __future__ import annotations
 
 import struct
+from collections.abc import Collection
 from typing import Any
 
 from edgeres import graph
@@ -27,14 +28,16 @@ def header(version: str, algorithm: str = ALGORITHM) -> str:
     return f"TRT-{major * (10_000 if major >= 10 else 1_000) + minor * 100 + patch}-{algorithm}"
 
 
-def scales(model: Any, table: RangeTable, method: str) -> dict[str, float]:
-    """Scale of every tensor of ``model``, equalized as ``table`` says, but the logits, whose layer then stays in FP16.
+def scales(model: Any, table: RangeTable, method: str, keep: Collection[str] = ()) -> dict[str, float]:
+    """Scale of every tensor of ``model``, equalized as ``table`` says, but the logits.
+
+    A layer that reads or writes a tensor without a scale stays in FP16: the last one, and those in ``keep``.
 
     What only a ReLU reads is fused with it and has the ReLU's scale; what carries another tensor's values has that
     one's.
     """
     scheme = SCHEMES["implicit"]
-    found = activation_scales(model, table, scheme, method, pairs(model, scheme))
+    found = activation_scales(model, table, scheme, method, pairs(model, scheme, keep))
     out = {name: float(scale) for name, (scale, _) in found.items()}
     for node in reversed(model.graph.node):
         for name in node.input:

@@ -122,7 +122,11 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
         "calibration", "method", "--method", type=click.Choice((*METHODS, AUTO)), help="How ranges become thresholds."
     ),
     "equalize": recipe_option(
-        "calibration", "equalize", "--equalize/--no-equalize", default=None, help="Even out channels before measuring; the default."
+        "calibration",
+        "equalize",
+        "--equalize/--no-equalize",
+        default=None,
+        help="Even out channels first; default.",
     ),
     "io": recipe_option(
         "engine", "io", "--io", type=click.Choice(IO), help="What the engine takes: fp32, fp16, or raw uint8 pixels."
