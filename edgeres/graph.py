@@ -99,11 +99,14 @@ def set_metadata(model: Any, values: dict[str, Any]) -> None:
 
 
 def digest(model: Any) -> str:
-    """SHA-256 of what ``model`` computes: graph and opset, not the metadata.
+    """SHA-256 of what ``model`` computes: graph and opset, not the metadata, nor shapes that some tool noted down.
 
     Metadata holds measured numbers, which differ between machines; the same weights give the same digest anywhere.
     """
-    h = hashlib.sha256(model.graph.SerializeToString(deterministic=True))
+    bare = type(model.graph)()
+    bare.CopyFrom(model.graph)
+    del bare.value_info[:]
+    h = hashlib.sha256(bare.SerializeToString(deterministic=True))
     h.update(json.dumps(sorted((o.domain, o.version) for o in model.opset_import)).encode())
     return h.hexdigest()
 

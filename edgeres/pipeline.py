@@ -180,9 +180,8 @@ def _int8(
     tried = {name: vars(fidelity) for name, fidelity in choice.tried.items()}
     record = {"method": choice.method, "kept": choice.kept, "held_out": tried.get(choice.method), "tried": tried}
     if scheme.name == "implicit":
-        text = calibration_cache.write(
-            calibration_cache.scales(model, table, choice.method, choice.kept), target.tensorrt or ""
-        )
+        scales = calibration_cache.scales(model, table, choice.method, choice.kept)
+        text = calibration_cache.write(scales, target.tensorrt or "")
         with atomic(path.with_suffix(".cache")) as temporary:
             temporary.write_text(text, encoding="utf-8")
         return equalize.equalize(model, table.exponents), record

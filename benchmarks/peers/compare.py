@@ -31,7 +31,8 @@ from edgeres.files import cache_folder, sha256_file, write_json
 from edgeres.layouts import open_images
 from edgeres.loader import Loader
 from edgeres.recipe import Preprocess
-from edgeres.runners import Runner, open_runner
+from edgeres.runners import Runner
+from edgeres.runners.onnxruntime import OnnxRuntimeRunner
 from edgeres.validate import Comparison, compare
 
 BATCHES = (1, 8)
@@ -86,7 +87,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             progress.say(f"{error}")
     with ExitStack() as stack:
         runners = {
-            name: stack.enter_context(open_runner(path, "onnxruntime"))
+            name: stack.enter_context(OnnxRuntimeRunner(path, rows[name].get("scheme") == "tensorrt"))
             for name, path in ({"FP32": model} | files).items()
         }
         if args.data:

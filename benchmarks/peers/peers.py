@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -39,8 +40,8 @@ class Setting:
 SETTINGS = (
     Setting("edgeres", "mse", "onnxruntime", ("--target", "cpu"), timed=True),
     Setting("edgeres", "auto", "onnxruntime", ("--target", "cpu", "--method", "auto")),
-    Setting("edgeres", "mse", "tensorrt", ("--target", "desktop")),
-    Setting("edgeres", "auto", "tensorrt", ("--target", "desktop", "--method", "auto")),
+    Setting("edgeres", "mse, desktop", "tensorrt", ("--target", "desktop")),
+    Setting("edgeres", "auto, desktop", "tensorrt", ("--target", "desktop", "--method", "auto")),
     Setting("onnxruntime", "u8s8 minmax", "onnxruntime", ("--float-logits",), timed=True),
     Setting("onnxruntime", "u8s8 entropy", "onnxruntime", ("--float-logits", "--method", "entropy")),
     Setting("onnxruntime", "u8s8 percentile", "onnxruntime", ("--float-logits", "--method", "percentile")),
@@ -138,12 +139,15 @@ def make(setting: Setting, model: Path, calibration: Path, pixels: Path, envs: P
         call(sys.executable, "-m", "edgeres", "quantize", *inputs, *setting.flags, "-o", path, cwd=folder)
         return path
     python, script = environment(setting.tool, envs), HERE / f"make_{setting.tool}.py"
+    own = folder / "fp32.onnx"  # a copy: Model Optimizer writes shapes into the file it reads
+    if not own.is_file():
+        shutil.copyfile(model, own)
     made_from = [sha256_file(model), sha256_file(pixels), sha256_file(script), ENVIRONMENTS[setting.tool]]
     path = envs / "models" / f"{setting.tool}-{digest([*made_from, setting.flags])[:12]}.onnx"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = folder / path.name
-        call(python, script, model, pixels, unfinished, *setting.flags, cwd=folder)
+        call(python, script, own, pixels, unfinished, *setting.flags, cwd=folder)
         path.write_bytes(unfinished.read_bytes())
         unfinished.unlink()
     return path

@@ -18,10 +18,14 @@ DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(ui
 
 
 class OnnxRuntimeRunner(Runner):
-    """Runs an ONNX file in normal form, of any precision, on all physical cores."""
+    """Runs an ONNX file in normal form, of any precision, on all physical cores.
 
-    def __init__(self, path: Path) -> None:
-        self._session = open_session(path)
+    ``as_written``: without optimizing the graph, which simulates what another executor computes. The optimizer takes
+    liberties with Q/DQ nodes that are not laid for it (DECISIONS.md).
+    """
+
+    def __init__(self, path: Path, as_written: bool = False) -> None:
+        self._session = open_session(path, as_written=as_written)
         (entry,) = self._session.get_inputs()
         self.batch = entry.shape[0] if isinstance(entry.shape[0], int) else None
         self.input_size = entry.shape[2]
@@ -63,13 +67,15 @@ def audit(path: Path, precision: str) -> Fusion:
     return Fusion(graph.count_ops(model), notes)
 
 
-def open_session(path: Path, optimized: Path | None = None) -> Any:
+def open_session(path: Path, optimized: Path | None = None, as_written: bool = False) -> Any:
     """An InferenceSession for ``path``; the graph it really executes is written to ``optimized`` if given."""
     ort = need("onnxruntime", "onnx")
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors; they come back as exceptions
     # threads that keep spinning after a run would slow down the other engine of a comparison
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if as_written:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if optimized is not None:
         options.optimized_model_filepath = os.fspath(optimized)
     try:
