@@ -5,16 +5,17 @@ from __future__ import annotations
 import platform
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import edgeres
-from edgeres import graph
-from edgeres.errors import InputError, StaleError
-from edgeres.files import atomic, read_json, sha256_file, write_json
+from edgeres import graph, trt
+from edgeres.errors import BuildError, InputError, MissingDependency, StaleError
+from edgeres.files import atomic, cache_folder, read_json, sha256_file, write_json
+from edgeres.progress import busy
 from edgeres.recipe import Preprocess
-from edgeres.runners import Runner, executor, open_runner
+from edgeres.runners import Executor, Fusion, Runner, executor, open_runner
 from edgeres.targets import Target
 
 FORMAT = "edgeres engine 1"
@@ -73,11 +74,23 @@ def build(typed: Path, folder: Path, target_name: str, target: Target) -> Engine
     if "precision" not in made:
         raise InputError(f"{typed} was not made by edgeres", hint="give the file that `edgeres quantize` wrote")
     tool = executor(target.executor)
-    fusion = tool.audit(typed, made["precision"])
-    path = folder / "engine.onnx"
-    # optimized at load, for the CPU that is found: the portable file is the engine
-    with atomic(path) as temporary:
-        shutil.copyfile(typed, temporary)
+    options: dict[str, Any] = {}
+    if target.executor in trt.EXECUTORS:
+        path = folder / "engine.plan"
+        cache = cache_folder() / "timing" / f"{target.executor}.cache"
+        asked = replace(target.build, timing_cache=cache)
+        plan, used = trt.build(trt.library(target.executor), typed.read_bytes(), made["precision"], asked)
+        with atomic(path) as temporary:
+            temporary.write_bytes(plan)
+        fusion = _audit(tool, path, made["precision"])
+        options = {k: v for k, v in asdict(used).items() if k != "timing_cache"}
+    else:
+        with busy("look at what fuses"):
+            fusion = tool.audit(typed, made["precision"])
+        path = folder / "engine.onnx"
+        # optimized at load, for the CPU that is found: the portable file is the engine
+        with atomic(path) as temporary:
+            shutil.copyfile(typed, temporary)
     record = {
         "format": FORMAT,
         "file": path.name,
@@ -88,6 +101,7 @@ def build(typed: Path, folder: Path, target_name: str, target: Target) -> Engine
         "precision": made["precision"],
         **dict.fromkeys(("depth", "variant", "classes", "batch", "preprocess")),
         **{k: v for k, v in made.items() if k in COPIED},
+        **({"options": options} if options else {}),
         "fusion": asdict(fusion),
         "made_from": {"onnx": sha256_file(typed), "model": made.get("model", graph.digest(model))},
         "built_with": {
@@ -99,3 +113,11 @@ def build(typed: Path, folder: Path, target_name: str, target: Target) -> Engine
     }
     write_json(folder / RECORD, record)
     return Engine(path, record)
+
+
+def _audit(tool: Executor, path: Path, precision: str) -> Fusion:
+    """What the plan at ``path`` runs, if this machine can load it: TensorRT-RTX also builds where there is no GPU."""
+    try:
+        return tool.audit(path, precision)
+    except (BuildError, MissingDependency) as error:
+        return Fusion({}, [f"what the engine runs in was not looked at: {error.cause}"])

@@ -217,6 +217,11 @@ def ensure_engine(job: Job, output: Path | None = None) -> build.Engine:
     """The engine for the recipe's precision and target, with everything it is made from."""
     name = job.recipe.engine.target
     target = load_target(name, job.recipe.engine.precision)
+    if target.scheme == "implicit":
+        raise UsageError(
+            f"edgeres builds no engine for {name} yet",
+            hint="`edgeres quantize` writes model.onnx and model.cache, for `trtexec --int8 --calib` on the device",
+        )
     tool = executor(target.executor)  # before the minutes that the rest takes
     typed = quantize_model(job)
     folder = output or job.folder
@@ -230,8 +235,7 @@ def ensure_engine(job: Job, output: Path | None = None) -> build.Engine:
             return engine
     except (InputError, StaleError, KeyError):
         pass
-    with busy("build and look at what fused"):
-        engine = build.build(typed, folder, name, target)
+    engine = build.build(typed, folder, name, target)
     say(f"built {job.show(engine.path)}: {engine.record['size_bytes'] / 1e6:.1f} MB")
     for note in engine.record["fusion"]["notes"]:
         say(f"note: {note}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 
@@ -11,13 +11,14 @@ from edgeres.errors import UsageError
 from edgeres.machine import cpu_flags
 from edgeres.quantize import SCHEMES, Scheme
 from edgeres.recipe import one_of, read_record
+from edgeres.trt import Options
 
 
 @dataclass(frozen=True)
 class Target:
     """One executor on one kind of machine. ``scheme`` names how Q/DQ is laid; ``precisions`` what it can run.
 
-    ``tensorrt`` is the version that a calibration cache is written for.
+    ``tensorrt`` is the version that a calibration cache is written for, ``build`` how a plan is built.
     """
 
     description: str
@@ -25,6 +26,7 @@ class Target:
     scheme: str
     precisions: list[str]
     tensorrt: str | None = None
+    build: Options = field(default_factory=Options)
 
 
 def names() -> tuple[str, ...]:

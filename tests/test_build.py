@@ -2,23 +2,27 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
+from click.testing import CliRunner
 
 import edgeres
 from edgeres import graph
 from edgeres.build import RECORD, Engine, build
 from edgeres.calibrate import calibrate
-from edgeres.errors import InputError, StaleError
+from edgeres.cli import cli
+from edgeres.errors import InputError, MissingDependency, StaleError
 from edgeres.files import sha256_file
 from edgeres.fp16 import fp16
 from edgeres.loader import Batch
 from edgeres.quantize import Scheme, int8
 from edgeres.runners.onnxruntime import audit
+from edgeres.runners.tensorrt import TensorRt
 from edgeres.targets import load_target
 
 PIXELS = np.random.default_rng(0).standard_normal((3, 3, 32, 32), dtype=np.float32)
@@ -209,3 +213,50 @@ def test_the_audit_counts_fp16_convolutions_that_stay_in_half(
 
     monkeypatch.setattr("edgeres.runners.onnxruntime.open_session", keep)
     assert audit(typed["fp16"], "fp16").notes == []
+
+
+rtx = pytest.mark.skipif(
+    (sys.platform, platform.machine()) not in (("linux", "x86_64"), ("win32", "AMD64")),
+    reason="tensorrt-rtx has wheels for Linux and Windows on x86-64",
+)
+
+
+@rtx
+def test_a_plan_is_built_without_a_gpu_and_its_record_says_how(workspace: Path, tiny_path: Path) -> None:
+    runner = CliRunner()
+    command = ["build-engine", "--model", str(tiny_path), "--target", "rtx", "--json", "--method", "minmax"]
+    first = runner.invoke(cli, command)
+    assert first.exit_code == 0, first.stderr
+    record = json.loads(first.stdout)
+    engine = Engine.load(workspace / "engines" / "out" / "tiny-int8-rtx")
+    assert engine.path.name == "engine.plan"
+    assert engine.path.stat().st_size == record["size_bytes"] > 10_000
+    assert (record["executor"], record["precision"]) == ("tensorrt-rtx", "int8")
+    assert record["options"]["profile"] == [1, 8, 32]
+    assert "timing_cache" not in record["options"]
+    assert "tensorrt-rtx" in record["built_with"]
+    again = runner.invoke(cli, command)
+    assert again.exit_code == 0
+    assert "tiny-int8-rtx is up to date" in again.stderr
+
+
+@rtx
+def test_an_engine_that_cannot_be_looked_into_here_says_so(
+    workspace: Path, tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise MissingDependency("this needs one of the packages pycuda, cuda-python")
+
+    monkeypatch.setattr(TensorRt, "audit", refuse)
+    result = CliRunner().invoke(
+        cli, ["build-engine", "--model", str(tiny_path), "--target", "rtx", "--precision", "fp32"]
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "note: what the engine runs in was not looked at: this needs one of the packages" in result.stderr
+
+
+def test_no_engine_for_dla_yet_but_what_to_do(workspace: Path, tiny_path: Path) -> None:
+    result = CliRunner().invoke(cli, ["build-engine", "--model", str(tiny_path), "--target", "jetson-agx-orin-dla"])
+    assert result.exit_code == 2
+    assert "edgeres builds no engine for jetson-agx-orin-dla yet" in result.stderr
+    assert "model.cache" in result.stderr

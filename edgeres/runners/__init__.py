@@ -12,6 +12,7 @@ import numpy as np
 
 from edgeres.errors import InputError, UsageError
 from edgeres.recipe import Preprocess
+from edgeres.trt import EXECUTORS
 
 
 class Runner(ABC):
@@ -103,9 +104,13 @@ def executor(name: str) -> Executor:
         from edgeres.runners import openvino
 
         return openvino
+    if name in EXECUTORS:
+        from edgeres.runners import tensorrt
+
+        return tensorrt.TensorRt(name)
     raise InputError(
         f"no runner for executor {name!r}",
-        evidence="this version of edgeres builds and runs engines of onnxruntime and openvino",
+        evidence=f"this version of edgeres builds and runs engines of onnxruntime, openvino, {', '.join(EXECUTORS)}",
         hint="`edgeres quantize` with the same options writes the typed ONNX file for any target",
     )
 
