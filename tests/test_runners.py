@@ -82,7 +82,9 @@ def test_a_dynamic_batch_goes_through_in_one_call() -> None:
     assert [c.shape for c in runner.calls] == [(7, 3, 2, 2)]
 
 
-@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 3, 16, 16), (1, 1, 32, 32), (1, 32, 32, 3), (1, 3, 32, 31)])
+@pytest.mark.parametrize(
+    "shape", [(3, 32, 32), (1, 3, 16, 16), (1, 1, 32, 32), (1, 32, 32, 3), (1, 3, 32, 31), (0, 3, 32, 32)]
+)
 @pytest.mark.parametrize("kind", ["dynamic", "fixed"])
 def test_another_shape_is_refused_with_both(
     tiny_path: Path, fixed_path: Path, kind: str, shape: tuple[int, ...]

@@ -336,7 +336,7 @@ def test_fewer_images_than_the_smallest_batch_are_padded_with_zeros(bench: Bench
 
 
 def test_no_images_are_refused(bench: Bench) -> None:
-    with bench.open() as runner, pytest.raises(UsageError, match="no images"):
+    with bench.open() as runner, pytest.raises(UsageError, match="takes images of"):
         runner.infer(PIXELS[:0])
 
 

@@ -42,13 +42,13 @@ class Runner(ABC):
 
         The result is the caller's. A network of fixed batch gets N in pieces, the last one padded with zeros.
         """
-        if pixels.dtype != self.dtype:
-            pixels = self.prepare(pixels)
-        if pixels.ndim != 4 or pixels.shape[1:] != (3, self.input_size, self.input_size):
+        if not len(pixels) or pixels.shape[1:] != (3, self.input_size, self.input_size):
             raise UsageError(
                 f"this engine takes images of (N, 3, {self.input_size}, {self.input_size})",
                 evidence=f"got {pixels.shape}",
             )
+        if pixels.dtype != self.dtype:
+            pixels = self.prepare(pixels)
         if self.batch is None:
             return self._run(pixels).astype(np.float32, copy=False)
         pieces = []
