@@ -6,7 +6,7 @@ Precision lives in the graph: whoever loads the file needs no flag to know what 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ class Scheme:
     """
 
     name: str
+    _: KW_ONLY
     signed: bool = False
     everywhere: bool = True
     main_branch: bool = True
@@ -51,9 +52,17 @@ SCHEMES = {
     for s in (
         Scheme("onnxruntime"),
         Scheme("openvino", main_branch=False, int32_bias=False),
-        Scheme("tensorrt", True, False, False, int8_weights=False, int32_bias=False, rest="fp16"),
+        Scheme(
+            "tensorrt",
+            signed=True,
+            everywhere=False,
+            main_branch=False,
+            int8_weights=False,
+            int32_bias=False,
+            rest="fp16",
+        ),
         # no graph of its own: ranges in a calibration cache, beside the FP32 graph. This one simulates it
-        Scheme("implicit", True, int8_weights=False, int32_bias=False, rest="fp16"),
+        Scheme("implicit", signed=True, int8_weights=False, int32_bias=False, rest="fp16"),
     )
 }
 

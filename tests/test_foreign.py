@@ -588,7 +588,7 @@ def test_what_was_imported_can_be_quantized_with_no_float_convolution_left(
     proto = import_onnx(path, preprocess, images=images)
     made = {"model": graph.digest(proto), "preprocess": preprocess.digest()}
     table = calibrate(proto, Loader(train_images, preprocess, 8), made)
-    typed = quantize.int8(proto, table, quantize.Scheme("test", 7), "minmax")
+    typed = quantize.int8(proto, table, quantize.Scheme("test", weight_bits=7), "minmax")
     graph.save(typed, tmp_path / "int8.onnx")
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "executed.onnx")
