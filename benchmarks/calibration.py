@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", type=int, nargs=2, default=(256, 2048), help="numbers of images")
-    parser.add_argument("--peer-images", type=int, nargs=2, default=(8, 40), help="numbers of images")
+    parser.add_argument("--peer-images", type=int, nargs=2, default=(8, 40), help="numbers of images, multiples of 8")
     parser.add_argument("--modelopt-python", type=Path, help="interpreter of an environment with nvidia-modelopt")
     parser.add_argument("--json", type=Path, help="keep the results here")
     args = parser.parse_args()
