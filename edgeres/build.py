@@ -79,7 +79,7 @@ def build(typed: Path, folder: Path, target_name: str, target: Target) -> Engine
         path = folder / "engine.plan"
         cache = cache_folder() / "timing" / f"{target.executor}.cache"
         asked = replace(target.build, timing_cache=cache)
-        plan, used = trt.build(trt.library(target.executor), typed.read_bytes(), made["precision"], asked)
+        plan, used = trt.build(trt.load_library(target.executor), typed.read_bytes(), made["precision"], asked)
         with atomic(path) as temporary:
             temporary.write_bytes(plan)
         fusion = _audit(tool, path, made["precision"])

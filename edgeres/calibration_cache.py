@@ -32,7 +32,6 @@ def scales(model: Any, table: RangeTable, method: str, keep: Collection[str] = (
     """Scale of every tensor of ``model``, equalized as ``table`` says, but the logits.
 
     A layer that reads or writes a tensor without a scale stays in FP16: the last one, and those in ``keep``.
-
     What only a ReLU reads is fused with it and has the ReLU's scale; what carries another tensor's values has that
     one's.
     """

@@ -108,9 +108,7 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
     "precision": recipe_option(
         "engine", "precision", "--precision", type=click.Choice(PRECISIONS), help="Precision of the engine."
     ),
-    "target": recipe_option(
-        "engine", "target", "--target", help="Who executes the engine, and where: cpu, cpu-openvino, desktop, ..."
-    ),
+    "target": recipe_option("engine", "target", "--target", help="Who executes: cpu, cpu-openvino, rtx, desktop, ..."),
     "calibration": recipe_option(
         "calibration",
         "images",
@@ -122,11 +120,7 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
         "calibration", "method", "--method", type=click.Choice((*METHODS, AUTO)), help="How ranges become thresholds."
     ),
     "equalize": recipe_option(
-        "calibration",
-        "equalize",
-        "--equalize/--no-equalize",
-        default=None,
-        help="Even out channels first; default.",
+        "calibration", "equalize", "--equalize/--no-equalize", default=None, help="Even out channels first; on."
     ),
     "io": recipe_option(
         "engine", "io", "--io", type=click.Choice(IO), help="What the engine takes: fp32, fp16, or raw uint8 pixels."
@@ -205,19 +199,8 @@ def cli() -> None:
 
 NETWORK = ("depth", "variant", "weights")
 EXPORT = ("input-size", "resize", "opset", "batch", "calibration", "seed", "skip-bad")
-BUILD = (
-    "precision",
-    "target",
-    "io",
-    "model",
-    "calibration",
-    "method",
-    "equalize",
-    "calibration-limit",
-    "seed",
-    "skip-bad",
-    "force",
-)
+MEASURE = ("model", "calibration", "equalize", "calibration-limit", "seed", "skip-bad", "force")
+BUILD = ("precision", "target", "io", "method", *MEASURE)
 
 
 @command(*NETWORK, "classes", *EXPORT, "force", "output")
@@ -274,7 +257,7 @@ def pack(show: Any, source: Path, like: str | None, model: Path | None, skip_bad
     show({"pack": str(path), "images": len(packed), "preprocess": preprocess.to_json()}, str(path))
 
 
-@command(*NETWORK, "model", "calibration", "equalize", "calibration-limit", "seed", "skip-bad", "force", "output")
+@command(*NETWORK, *MEASURE, "output")
 def calibrate(show: Any, output: Path | None, **options: Any) -> None:
     """FP32 ONNX + images -> range table."""
     from edgeres import pipeline

@@ -188,3 +188,21 @@ def raise_opset(model: Any, opset: int) -> None:
             entry.version = max(entry.version, opset)
     least = helper.find_min_ir_version_for(model.opset_import, ignore_unknown=True)  # other domains have no say
     model.ir_version = max(model.ir_version, least)
+
+
+def expose(model: Any, outputs: list[str]) -> Any:
+    """A copy of ``model`` that takes any batch and gives the named tensors."""
+    helper = need("onnx.helper", "onnx")
+    out = type(model)()
+    out.CopyFrom(model)
+    out.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "N"
+    del out.graph.output[:]
+    out.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in outputs)
+    return out
+
+
+def set_nodes(model: Any, nodes: list[Any]) -> None:
+    """Make ``nodes``, of which some may be ``model``'s own, its nodes."""
+    copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(copies)

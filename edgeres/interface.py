@@ -53,7 +53,7 @@ def _input(model: Any, kind: int, steps: list[tuple[str, dict[str, int], Any]]) 
     for node in rest:
         node.input[:] = [name if i == graph.INPUT else i for i in node.input]
     model.graph.input[0].type.tensor_type.elem_type = kind
-    _replace(model, [*nodes, *rest])
+    graph.set_nodes(model, [*nodes, *rest])
 
 
 def _output(model: Any) -> None:
@@ -64,7 +64,7 @@ def _output(model: Any) -> None:
     for node in nodes:
         node.output[:] = [inner if o == graph.OUTPUT else o for o in node.output]
     model.graph.output[0].type.tensor_type.elem_type = HALF
-    _replace(model, [*nodes, helper.make_node("Cast", [inner], [graph.OUTPUT], name=graph.OUTPUT, to=HALF)])
+    graph.set_nodes(model, [*nodes, helper.make_node("Cast", [inner], [graph.OUTPUT], name=graph.OUTPUT, to=HALF)])
 
 
 def _drop_cast_pairs(model: Any) -> None:
@@ -86,14 +86,4 @@ def _drop_cast_pairs(model: Any) -> None:
         node.input[:] = [same.get(i, i) for i in node.input]
         nodes.append(node)
     read = {i for n in nodes for i in n.input} | {graph.OUTPUT}
-    _replace(model, [n for n in nodes if read & set(n.output)])
-
-
-def _replace(model: Any, nodes: list[Any]) -> None:
-    copies = []
-    for node in nodes:
-        copy = type(node)()
-        copy.CopyFrom(node)
-        copies.append(copy)
-    del model.graph.node[:]
-    model.graph.node.extend(copies)
+    graph.set_nodes(model, [n for n in nodes if read & set(n.output)])

@@ -9,7 +9,7 @@ import numpy as np
 
 from edgeres import graph
 from edgeres.errors import BuildError
-from edgeres.quantize import INTEGER, Scheme
+from edgeres.quantize import Scheme
 
 
 def lint(model: Any, scheme: Scheme) -> list[str]:
@@ -106,12 +106,5 @@ def without_pairs(model: Any) -> Any:
     nodes = [n for n in out.graph.node if not (n.op_type == "QuantizeLinear" or n.output[0] in held)]
     for node in nodes:
         node.input[:] = [held.get(i, i) for i in node.input]
-    copies = [type(n).FromString(n.SerializeToString()) for n in nodes]
-    del out.graph.node[:]
-    out.graph.node.extend(copies)
+    graph.set_nodes(out, nodes)
     return out
-
-
-def float_operators(model: Any) -> dict[str, int]:
-    """Operators of an FP32 ``model`` that no scheme quantizes, and how many there are of each."""
-    return {op: n for op, n in graph.count_ops(model).items() if op not in INTEGER}

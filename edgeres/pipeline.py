@@ -9,16 +9,16 @@ from edgeres import benchmark, build, calibration_cache, equalize, graph, report
 from edgeres.baseline import ensure_model, preprocess_of, recorded, sample_images
 from edgeres.calibrate import RangeTable, calibrate
 from edgeres.data import ImageSet, Manifest
-from edgeres.errors import InputError, StaleError, UsageError
+from edgeres.errors import BuildError, InputError, StaleError, UsageError
 from edgeres.files import atomic, sha256_file, write_json
 from edgeres.fp16 import fp16, magnitudes
 from edgeres.interface import interface
 from edgeres.job import BATCH, Job
 from edgeres.layouts import open_images
-from edgeres.lint import float_operators, require_clean
+from edgeres.lint import require_clean
 from edgeres.loader import Loader
 from edgeres.progress import busy, say, track
-from edgeres.quantize import Scheme
+from edgeres.quantize import Scheme, float_operators
 from edgeres.recipe import AUTO
 from edgeres.runners import Runner, executor, open_runner
 from edgeres.targets import Target, load_target, scheme_for
@@ -121,6 +121,11 @@ def quantize_model(job: Job, output: Path | None = None) -> Path:
     """FP32 ONNX -> typed ONNX for the recipe's precision, target and interface."""
     engine = job.recipe.engine
     target = load_target(engine.target, engine.precision)
+    if engine.precision == "int8" and target.scheme == "implicit" and engine.io != "fp32":
+        raise UsageError(
+            f"{engine.target} takes INT8 engines with --io fp32 only",
+            hint="its calibration cache names the network's tensors, and others would come between",
+        )
     if engine.precision == "int8":
         calibration_source(job)  # before the minutes that an export may take
     fp32 = ensure_model(job)
@@ -186,9 +191,19 @@ def _int8(
             temporary.write_text(text, encoding="utf-8")
         return equalize.equalize(model, table.exponents), record
     require_clean(choice.model, scheme)
-    if scheme.rest == "fp16":
-        return fp16(choice.model, _magnitudes(job, equalize.equalize(model, table.exponents))), record
-    return choice.model, record
+    if scheme.rest != "fp16":
+        return choice.model, record
+    typed = fp16(choice.model, _magnitudes(job, equalize.equalize(model, table.exponents)))
+    if held:  # the methods were compared before; this is the file that is written
+        found = held.fidelity(typed)
+        record["held_out"] = vars(found)
+        if found.collapsed:
+            raise BuildError(
+                f"with the rest in FP16, INT8 does not hold what FP32 computes: {found}",
+                evidence=f"{choice.method} with the rest in FP32: {choice.tried[choice.method]}",
+                hint="build with --precision fp32",
+            )
+    return typed, record
 
 
 def held_out(job: Job, model: Any) -> tune.Held | None:

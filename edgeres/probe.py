@@ -22,12 +22,9 @@ class Probe:
     """
 
     def __init__(self, model: Any, names: list[str]) -> None:
-        ort, helper = need("onnxruntime", "onnx"), need("onnx.helper", "onnx")
+        ort = need("onnxruntime", "onnx")
         self.inner = [n for n in names if n != graph.INPUT]
-        probe = type(model)()
-        probe.CopyFrom(model)
-        probe.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "N"  # batches here need not be the model's own
-        probe.graph.output.extend(helper.make_empty_tensor_value_info(n) for n in self.inner)
+        probe = graph.expose(model, self.inner)
         options = ort.SessionOptions()
         options.add_session_config_entry("session.force_spinning_stop", "1")  # between runs the cores are for counting
         self.session = ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -150,6 +150,11 @@ def pairs(model: Any, scheme: Scheme, keep: Collection[str] = ()) -> set[str]:
     return tensors - {"", *(t.name for t in others)}  # "" is an optional input left out
 
 
+def float_operators(model: Any) -> dict[str, int]:
+    """Operators of an FP32 ``model`` that no scheme quantizes, and how many there are of each."""
+    return {op: n for op, n in graph.count_ops(model).items() if op not in INTEGER}
+
+
 def activation_scales(
     model: Any, table: RangeTable, scheme: Scheme, method: str, tensors: Collection[str]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -82,7 +82,7 @@ class OutOfMemory(BuildError):
         self.limited = needed > workspace or "workspace limit" in evidence
 
 
-def library(executor: str) -> Any:
+def load_library(executor: str) -> Any:
     """The module of ``executor``. Raises `MissingDependency` naming the extra, or what its own libraries lack."""
     module, extra = EXECUTORS[executor]
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ import torch
 from PIL import Image
 
 from edgeres import benchmark, graph
+from edgeres.calibrate import RangeTable, calibrate
 from edgeres.data import ImageSet
 from edgeres.export import export_onnx
 from edgeres.layouts import open_images
+from edgeres.loader import Batch
 from edgeres.model import ResNet
 from edgeres.recipe import Preprocess
 
@@ -101,6 +104,25 @@ def workspace(tmp_path: Path, tiny_path: Path, train_folder: Path, val_folder: P
         f'[calibration]\nimages = "{train_folder}"\n[validation]\nimages = "{val_folder}"\n', encoding="utf-8"
     )
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_path: Path) -> Any:
+    return graph.load(tiny_path)
+
+
+def batch(images: int = 8, size: int = 32, seed: int = 0, channels: int = 3) -> Batch:
+    pixels = np.random.default_rng(seed).standard_normal((images, channels, size, size), dtype=np.float32)
+    return Batch(pixels, None, np.arange(images))
+
+
+def measure(model: Any, *batches: Batch) -> RangeTable:
+    return calibrate(model, batches, {"model": graph.digest(model)})
+
+
+@pytest.fixture(scope="module")
+def table(tiny: Any) -> RangeTable:
+    return measure(tiny, batch())
 
 
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the trained checkpoints and images in {SHARED}")

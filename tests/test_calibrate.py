@@ -66,11 +66,6 @@ def batches(images: int, size: int, seed: int = 0, backwards: bool = False) -> l
     return [Batch(pixels[i : i + size], None, index[i : i + size]) for i in range(0, images, size)]
 
 
-@pytest.fixture(scope="module")
-def tiny(tiny_path: Path) -> Any:
-    return graph.load(tiny_path)
-
-
 @pytest.fixture
 def table(tiny: Any) -> RangeTable:
     return calibrate(tiny, batches(4, 2), {"model": graph.digest(tiny), "images": "i" * 64, "preprocess": "p" * 64})

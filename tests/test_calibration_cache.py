@@ -1,28 +1,17 @@
 from __future__ import annotations
 
 import struct
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from test_quantize import batch, measure
+from conftest import batch, measure
 
 from edgeres import equalize, graph
 from edgeres.calibrate import RangeTable, TensorRange
 from edgeres.calibration_cache import header, read, scales, write
 from edgeres.errors import InputError
 from edgeres.thresholds import METHODS
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_path: Path) -> Any:
-    return graph.load(tiny_path)
-
-
-@pytest.fixture(scope="module")
-def table(tiny: Any) -> RangeTable:
-    return measure(tiny, batch())
 
 
 @pytest.mark.parametrize(

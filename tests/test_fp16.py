@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from conftest import batch, measure
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from rich.console import Console
-from test_quantize import batch, logits, measure
+from test_quantize import logits
 
 from edgeres import graph, progress
 from edgeres.fidelity import decibels, squares

@@ -87,9 +87,8 @@ class Gpu:
         path = self.folder / f"{net}-{precision}.plan"
         if not path.exists():
             options = trt.Options(profile=(1, 4, LARGEST))
-            path.write_bytes(
-                trt.build_plan(trt.library(self.executor), self.typed(net, precision).read_bytes(), precision, options)
-            )
+            library, onnx = trt.load_library(self.executor), self.typed(net, precision).read_bytes()
+            path.write_bytes(trt.build_plan(library, onnx, precision, options))
         return path
 
     def open(self, net: str, precision: str, cuda_graph: bool = False) -> TensorRtRunner:
@@ -110,7 +109,7 @@ def gpu(
 ) -> Gpu:
     executor = request.param
     try:
-        library = trt.library(executor)
+        library = trt.load_library(executor)
         open_cuda(trt.EXECUTORS[executor][1]).close()
     except EdgeresError as error:
         pytest.skip(str(error))

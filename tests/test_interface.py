@@ -8,8 +8,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from conftest import batch, measure
 from onnx import TensorProto, numpy_helper
-from test_quantize import batch, logits, measure
+from test_quantize import logits
 
 from edgeres import graph
 from edgeres.fidelity import decibels, squares

@@ -8,27 +8,17 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
-from test_quantize import batch, measure, quantizers
+from test_quantize import quantizers
 
 from edgeres import graph
 from edgeres.calibrate import RangeTable
 from edgeres.errors import BuildError
 from edgeres.fp16 import fp16
-from edgeres.lint import float_operators, lint, require_clean, without_pairs
-from edgeres.quantize import SCHEMES, Scheme, int8
+from edgeres.lint import lint, require_clean, without_pairs
+from edgeres.quantize import SCHEMES, Scheme, float_operators, int8
 
 TENSORRT, ONNXRUNTIME = SCHEMES["tensorrt"], SCHEMES["onnxruntime"]
 WEIGHT, TENSOR = "layer1.0.conv1.weight", "layer1.0.relu1"
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_path: Any) -> Any:
-    return graph.load(tiny_path)
-
-
-@pytest.fixture(scope="module")
-def table(tiny: Any) -> RangeTable:
-    return measure(tiny, batch())
 
 
 @pytest.fixture

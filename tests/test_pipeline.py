@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import numpy_helper
 from PIL import Image
 from rich.console import Console
 
 from edgeres import graph, pipeline, progress
 from edgeres.build import Engine
 from edgeres.calibrate import RangeTable
-from edgeres.errors import EdgeresError, InputError, UsageError
+from edgeres.errors import BuildError, EdgeresError, InputError, UsageError
 from edgeres.job import Job
 from edgeres.recipe import load_recipe
 from edgeres.targets import Target, load_target, names
@@ -43,7 +44,12 @@ def told(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
     return result, console.file.getvalue()  # type: ignore[attr-defined]
 
 
-CASES = [(n, p, i) for n in names() for p in load_target(n).precisions for i in ("fp32", "fp16", "uint8")]
+CASES = [
+    (n, p, i)
+    for n in names()
+    for p in load_target(n).precisions
+    for i in (("fp32",) if (load_target(n).scheme, p) == ("implicit", "int8") else ("fp32", "fp16", "uint8"))
+]
 
 
 @pytest.mark.parametrize(("target", "precision", "kind"), CASES)
@@ -55,7 +61,7 @@ def test_every_target_precision_and_interface(make: Make, target: str, precision
     assert model.graph.input[0].type.tensor_type.elem_type == {"fp32": 1, "fp16": 10, "uint8": 2}[kind]
     assert model.graph.output[0].type.tensor_type.elem_type == (10 if kind == "fp16" else 1)
     operators = graph.count_ops(model)
-    implicit = target == "jetson-agx-orin-dla"
+    implicit = load_target(target).scheme == "implicit"
     assert ("QuantizeLinear" in operators) == (precision == "int8" and not implicit)
     assert (path.with_suffix(".cache").is_file()) == (precision == "int8" and implicit)
     if precision == "int8":
@@ -64,6 +70,35 @@ def test_every_target_precision_and_interface(make: Make, target: str, precision
         assert made["chosen"]["held_out"]["sqnr_db"] > 15
     else:
         assert "quantization" not in made
+
+
+@pytest.mark.parametrize("kind", ["fp16", "uint8"])
+def test_a_calibration_cache_is_for_the_fp32_interface(make: Make, kind: str) -> None:
+    job = make(engine__target="jetson-agx-orin-dla", engine__io=kind)
+    with pytest.raises(UsageError, match="--io fp32 only"):
+        pipeline.quantize_model(job)
+    assert not job.folder.exists()
+
+
+def test_fidelity_is_that_of_the_file_written(make: Make, tiny: Any) -> None:
+    job = make(engine__target="desktop")
+    written = graph.load(pipeline.quantize_model(job))
+    held = pipeline.held_out(job, tiny)
+    assert held is not None
+    assert graph.metadata(written)["chosen"]["held_out"] == vars(held.fidelity(written))
+
+
+def test_an_fp16_rest_that_breaks_the_model_is_refused(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(model: Any, _: Any) -> Any:
+        last = next(t for t in model.graph.initializer if t.name == "fc.bias")
+        last.CopyFrom(numpy_helper.from_array(1e9 * np.ones(last.dims, np.float32), last.name))
+        return model
+
+    monkeypatch.setattr(pipeline, "fp16", broken)
+    job = make(engine__target="desktop")
+    with pytest.raises(BuildError, match="with the rest in FP16, INT8 does not hold"):
+        pipeline.quantize_model(job)
+    assert not (job.folder / "model.onnx").exists()
 
 
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "uint8"])

@@ -9,11 +9,11 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import tiny_resnet
+from conftest import batch, measure, tiny_resnet
 from onnx import TensorProto, helper, numpy_helper
 
 from edgeres import graph
-from edgeres.calibrate import RangeTable, TensorRange, calibrate
+from edgeres.calibrate import RangeTable, TensorRange
 from edgeres.errors import InputError, StaleError
 from edgeres.export import export_onnx, trace
 from edgeres.fidelity import decibels, squares
@@ -28,31 +28,12 @@ SCHEME = SCHEMES["onnxruntime"]
 NARROW = replace(SCHEME, weight_bits=7)
 
 
-def batch(images: int = 8, size: int = 32, seed: int = 0, channels: int = 3) -> Batch:
-    pixels = np.random.default_rng(seed).standard_normal((images, channels, size, size), dtype=np.float32)
-    return Batch(pixels, None, np.arange(images))
-
-
-def measure(model: Any, *batches: Batch) -> RangeTable:
-    return calibrate(model, batches, {"model": graph.digest(model)})
-
-
 def logits(model: Any, pixels: np.ndarray, *, optimize: bool = True) -> np.ndarray:
     options = onnxruntime.SessionOptions()
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return np.asarray(session.run([graph.OUTPUT], {graph.INPUT: pixels})[0])
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_path: Path) -> Any:
-    return graph.load(tiny_path)
-
-
-@pytest.fixture(scope="module")
-def table(tiny: Any) -> RangeTable:
-    return measure(tiny, batch())
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from conftest import batch, measure
 from onnx import helper, numpy_helper
-from test_quantize import batch, logits, measure, producer, quantizers
+from test_quantize import logits, producer, quantizers
 
 from edgeres import graph
 from edgeres.calibrate import RangeTable, TensorRange

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_quantize import batch, measure
+from conftest import batch, measure
 
 from edgeres import graph
 from edgeres.calibrate import RangeTable

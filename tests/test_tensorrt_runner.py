@@ -182,7 +182,7 @@ class Bench:
             "IExecutionContext.get_tensor_shape": lambda _, name: self.shape(name, self.batch()),
             "IExecutionContext.execute_async_v3": self.execute,
         }
-        monkeypatch.setattr(tensorrt, "library", lambda name: self.lib)
+        monkeypatch.setattr(tensorrt, "load_library", lambda name: self.lib)
         monkeypatch.setattr(tensorrt, "open_cuda", lambda extra, graphs: self.cuda)
         path.write_bytes(b"plan")
 

@@ -636,14 +636,14 @@ def test_ctrl_c_waits_where_a_build_cannot_be_ended(said: list[str], waiting: th
 def test_a_library_may_be_missing_or_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(trt.EXECUTORS, "tensorrt", ("tensorrt_of_nowhere", "tensorrt"))
     with pytest.raises(MissingDependency, match=r"edgeres\[tensorrt\]"):
-        trt.library("tensorrt")
+        trt.load_library("tensorrt")
 
     def broken(*_: str) -> None:
         raise OSError("libnvinfer.so.10: cannot open shared object file")
 
     monkeypatch.setattr(trt, "need", broken)
     with pytest.raises(MissingDependency, match=r"does not load\nlibnvinfer.so.10"):
-        trt.library("tensorrt")
+        trt.load_library("tensorrt")
 
 
 def test_the_fake_is_as_strict_as_the_bindings() -> None:
@@ -675,7 +675,7 @@ def test_the_fake_is_as_strict_as_the_bindings() -> None:
 def rtx() -> Any:
     if (platform.system(), platform.machine()) not in (("Linux", "x86_64"), ("Windows", "AMD64")):
         pytest.skip("TensorRT-RTX has wheels for Linux and Windows on x86-64 only")
-    return trt.library("tensorrt-rtx")
+    return trt.load_library("tensorrt-rtx")
 
 
 @pytest.fixture(scope="module")

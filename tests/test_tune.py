@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import io
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,11 +23,6 @@ EVERY = pytest.mark.parametrize("scheme", ["onnxruntime", "openvino", "tensorrt"
 def batches(seed: int, images: int = 40) -> list[Batch]:
     pixels = np.random.default_rng(seed).standard_normal((images, 3, 32, 32), dtype=np.float32)
     return [Batch(pixels, None, np.arange(images))]
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_path: Path) -> Any:
-    return graph.load(tiny_path)
 
 
 @pytest.fixture(scope="module")

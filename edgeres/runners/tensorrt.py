@@ -16,7 +16,7 @@ import numpy as np
 from edgeres.errors import BuildError, InputError, UsageError
 from edgeres.runners import Fusion, Runner
 from edgeres.runners.cuda import Cuda, CudaPython, open_cuda
-from edgeres.trt import EXECUTORS, library, logger
+from edgeres.trt import EXECUTORS, load_library, logger
 
 DTYPES = {"FLOAT": np.float32, "HALF": np.float16, "UINT8": np.uint8}
 """What goes into and comes out of a plan: member of the library's DataType -> numpy's type."""
@@ -50,7 +50,7 @@ class TensorRtRunner(Runner):
     """
 
     def __init__(self, path: Path, executor: str = "tensorrt", cuda_graph: bool = False) -> None:
-        self._trt = library(executor)
+        self._trt = load_library(executor)
         self._log = logger(self._trt)
         self._lock = threading.RLock()
         self._cuda_graph = cuda_graph
@@ -274,7 +274,7 @@ class TensorRt:
         return TensorRtRunner(path, self.name)
 
     def version(self) -> str:
-        return str(library(self.name).__version__)
+        return str(load_library(self.name).__version__)
 
     def audit(self, path: Path, precision: str) -> Fusion:
         runner = self.load(path)
