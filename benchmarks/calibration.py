@@ -3,16 +3,19 @@
     python benchmarks/calibration.py --images DIR --modelopt-python PATH --json benchmarks/calibration.json
 
 Variants run once per round, in turn; ratios are medians of the ratios within a round. Peers hold the activations of all
-images, so they get few: their time per image is what more images add, divided by how many more they are.
+images in memory, so they get few: a whole quantization with entropy thresholds, from preprocessed pixels to the INT8
+file, in a process of its own. Ours are shown on as few images too.
 """
 
 from __future__ import annotations
 
 import argparse
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,12 +29,13 @@ from edgeres.data import ImageSet
 from edgeres.files import write_json
 from edgeres.layouts import open_images
 from edgeres.loader import Batch, Loader, cores
+from edgeres.quantize import SCHEMES, int8
 from edgeres.recipe import Preprocess
 from edgeres.runners import open_runner
 from edgeres.thresholds import METHODS
 
 PREPROCESS = Preprocess()
-MODELOPT = Path(__file__).parent / "peers" / "make_modelopt.py"
+PEERS = Path(__file__).parent / "peers"
 
 
 def main() -> None:
@@ -42,7 +46,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", type=int, nargs=2, default=(256, 2048), help="numbers of images")
-    parser.add_argument("--peer-images", type=int, nargs=2, default=(8, 40), help="numbers of images, multiples of 8")
+    parser.add_argument("--peer-images", type=int, default=64, help="images that peers are compared on")
     parser.add_argument("--modelopt-python", type=Path, help="interpreter of an environment with nvidia-modelopt")
     parser.add_argument("--json", type=Path, help="keep the results here")
     args = parser.parse_args()
@@ -60,30 +64,32 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ready = list(Loader(images, PREPROCESS, args.batch))
     seconds = in_turn(variants(model, images, ready, args.batch), args.rounds)
     per_image = {name: median(times) / len(images) * 1e3 for name, times in seconds.items()}
-    few = np.concatenate([b.pixels for b in ready])
-    peers: dict[str, Callable[[Path], float]] = {
-        "onnxruntime.quantization": lambda p: alone(onnxruntime_entropy, model, p)
-    }
-    if args.modelopt_python:
-        peers["Model Optimizer"] = lambda p: modelopt_entropy(args.modelopt_python, model, p)
-    per_image |= {f"{name} entropy": marginal(peer, few, args.peer_images, folder) for name, peer in peers.items()}
-    bare = seconds["bare FP32 pass"]
+    few = np.concatenate([b.pixels for b in ready])[: args.peer_images]
+    np.save(folder / "few.npy", few)
+    whole = in_turn(quantizations(model, folder, args.modelopt_python), args.rounds)
+    per_image |= {name: median(times) / len(few) * 1e3 for name, times in whole.items() if "edgeres" not in name}
+    bare, ours = seconds["bare FP32 pass"], whole["edgeres"]
     return {
         "images": len(images),
         "batch": args.batch,
         "rounds": args.rounds,
         "threads": cores(),
         "tensors": len(graph.activations(graph.load(model))),
-        "peer_images": list(args.peer_images),
         "ms_per_image": {name: round(ms, 2) for name, ms in per_image.items()},
-        "ratio_to_bare": {
-            name: round(median(t / b for t, b in zip(times, bare, strict=True)), 3) for name, times in seconds.items()
-        }
+        "ratio_to_bare": {name: ratio(times, bare) for name, times in seconds.items()}
         | {name: round(ms / per_image["bare FP32 pass"], 3) for name, ms in per_image.items() if name not in seconds},
+        "peer_images": len(few),
+        "whole_seconds": {name: round(median(times), 2) for name, times in whole.items()},
+        "ratio_to_edgeres": {name: ratio(times, ours) for name, times in whole.items()},
         "peak_mb": {n: alone(peak, calibrate_some, model, images, n, args.batch) for n in args.memory},
         "machine": machine.describe(),
         "versions": machine.versions("numba", "numpy", "onnxruntime", "pillow"),
     }
+
+
+def ratio(times: list[float], to: list[float]) -> float:
+    """Median of the ratios within each round."""
+    return round(median(t / o for t, o in zip(times, to, strict=True)), 3)
 
 
 def variants(model: Path, images: ImageSet, ready: list[Batch], batch: int) -> dict[str, Callable[[], object]]:
@@ -124,43 +130,32 @@ def in_turn(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, lis
     return seconds
 
 
-def marginal(peer: Callable[[Path], float], pixels: np.ndarray, sizes: tuple[int, int], folder: Path) -> float:
-    """Milliseconds per image that ``peer`` takes longer for the larger of two numbers of images."""
-    times = []
-    for n in sizes:
-        np.save(folder / "pixels.npy", pixels[np.arange(n) % len(pixels)])
-        times.append(peer(folder / "pixels.npy"))
-    return (times[1] - times[0]) / (sizes[1] - sizes[0]) * 1e3
+def quantizations(model: Path, folder: Path, modelopt: Path | None) -> dict[str, Callable[[], object]]:
+    """Whole quantizations of the pixels in ``folder``, by name. Peers get a copy: one writes into the file it reads."""
+    pixels, output = folder / "few.npy", folder / "int8.onnx"
+    copy = folder / "copy.onnx"
+    copy.write_bytes(model.read_bytes())
+
+    def peer(python: Path | str, script: str) -> Callable[[], object]:
+        call = [python, PEERS / script, copy, pixels, output, "--method", "entropy"]
+        return lambda: subprocess.run(call, check=True, capture_output=True)
+
+    found: dict[str, Callable[[], object]] = {
+        "edgeres": lambda: alone(quantize, model, pixels, output, False),
+        "edgeres, channels evened out first": lambda: alone(quantize, model, pixels, output, True),
+        "onnxruntime.quantization": peer(sys.executable, "make_onnxruntime.py"),
+    }
+    return found | ({"Model Optimizer": peer(modelopt, "make_modelopt.py")} if modelopt else {})
 
 
-def onnxruntime_entropy(model: Path, pixels: Path, batch: int = 8) -> float:
-    """Seconds that its entropy calibrator takes, with its own defaults, for every tensor it would quantize."""
-    from onnxruntime.quantization.calibrate import CalibrationDataReader, CalibrationMethod, create_calibrator
-
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.rest: Iterator[np.ndarray] = iter(np.split(np.load(pixels), range(batch, len(np.load(pixels)), batch)))
-
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            some = next(self.rest, None)
-            return None if some is None else {graph.INPUT: some}
-
-    augmented = pixels.with_name("augmented.onnx")
-    calibrator = create_calibrator(
-        model, augmented_model_path=str(augmented), calibrate_method=CalibrationMethod.Entropy
-    )
-    start = time.perf_counter()
-    calibrator.collect_data(Reader())
-    calibrator.compute_data()
-    return time.perf_counter() - start
-
-
-def modelopt_entropy(python: Path, model: Path, pixels: Path) -> float:
-    """Seconds of a whole quantization with entropy; what does not depend on the images cancels out in `marginal`."""
-    output = pixels.with_name("modelopt.onnx")
-    start = time.perf_counter()
-    subprocess.run([python, MODELOPT, model, pixels, output, "--method", "entropy"], check=True, capture_output=True)
-    return time.perf_counter() - start
+def quantize(path: Path, pixels: Path, output: Path, even: bool) -> None:
+    """Pixels (.npy) -> INT8 file, with entropy thresholds; without measuring fidelity, which peers do not."""
+    model, few = graph.load(path), np.load(pixels)
+    batches = [Batch(few[i : i + 32], None, np.arange(len(few))[i : i + 32]) for i in range(0, len(few), 32)]
+    exponents = equalize.measure(model, batches) if even else {}
+    table = calibrate(equalize.equalize(model, exponents), batches, {"model": graph.digest(model)})
+    table = replace(table, exponents=exponents)
+    graph.save(int8(model, table, SCHEMES["onnxruntime"], "entropy"), output)
 
 
 def calibrate_some(model: Path, images: ImageSet, count: int, batch: int) -> None:
@@ -183,14 +178,17 @@ def make_model(path: Path) -> Path:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print two small tables."""
+    """Print small tables."""
     print(
-        f"{result['images']} images (peers: {result['peer_images'][1] - result['peer_images'][0]} more), "
-        f"{result['tensors']} tensors, batch {result['batch']}, {result['machine']['cpu']}, {result['threads']} threads"
+        f"{result['images']} images, {result['tensors']} tensors, batch {result['batch']}, "
+        f"{result['machine']['cpu']}, {result['threads']} threads"
     )
     print(f"\n{'':40}{'ms per image':>14}{'to bare pass':>14}")
     for name, ms in result["ms_per_image"].items():
         print(f"{name:40}{ms:>14.2f}{result['ratio_to_bare'][name]:>14.3f}")
+    print(f"\n{'whole quantization, ' + str(result['peer_images']) + ' images':40}{'seconds':>14}{'to edgeres':>14}")
+    for name, seconds in result["whole_seconds"].items():
+        print(f"{name:40}{seconds:>14.2f}{result['ratio_to_edgeres'][name]:>14.3f}")
     print()
     for n, mb in result["peak_mb"].items():
         print(f"{f'peak memory, {n:,} images, MB':40}{mb:>14.1f}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 import time
 from dataclasses import asdict, dataclass, replace
@@ -10,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import edgeres
-from edgeres import graph, trt
+from edgeres import devices, engine_layers, graph, trt
 from edgeres.errors import BuildError, InputError, MissingDependency, StaleError
 from edgeres.files import atomic, cache_folder, read_json, sha256_file, write_json
-from edgeres.progress import busy
+from edgeres.fusion import Fusion, audit
+from edgeres.progress import busy, say
 from edgeres.recipe import Preprocess
-from edgeres.runners import Executor, Fusion, Runner, executor, open_runner
+from edgeres.runners import Runner, executor, open_runner
 from edgeres.targets import Target
 
 FORMAT = "edgeres engine 1"
 RECORD = "engine.json"
-COPIED = ("depth", "variant", "classes", "batch", "preprocess", "io", "quantization", "chosen", "kept_fp32")
+COPIED = ("depth", "variant", "classes", "batch", "preprocess", "io", "quantization", "chosen", "kept_fp32", "dla")
 """What an engine's record says as the typed model's metadata do."""
 
 
@@ -51,39 +53,111 @@ class Engine:
                 hint="build the engine again",
             )
         engine = cls(folder / Path(record["file"]).name, record)
+        size = engine.path.stat().st_size if engine.path.is_file() else None
+        if size is not None and size < record.get("size_bytes", 0):
+            raise StaleError(
+                f"{engine.path} is cut short",
+                evidence=f"{size:,} of {record['size_bytes']:,} bytes",
+                hint="copy it again, or build it again",
+            )
         if (found := sha256_file(engine.path)) != record["sha256"]:
             raise StaleError(
                 f"{engine.path} is not the file that was built",
                 evidence=f"SHA-256 {found[:12]}, its record says {record['sha256'][:12]}",
-                hint="it was changed or cut short; build it again",
+                hint="it was changed; build it again",
             )
         return engine
 
     def open(self) -> Runner:
-        """Load the engine into its executor."""
-        runner = open_runner(self.path, self.record["executor"])
+        """Load the engine into its executor, if nothing speaks against it."""
+        name, options = self.record["executor"], self.record.get("options", {})
+        settings: dict[str, Any] = {}
+        if name in trt.EXECUTORS:
+            self.check_version(executor(name).version())
+            self.check_gpu()
+            settings = {key: options[key] for key in ("dla_core", "version_compatible") if options.get(key)}
+        runner = open_runner(self.path, name, **settings)
         runner.preprocess = Preprocess.from_json(self.record["preprocess"])
         return runner
 
+    @property
+    def _again(self) -> str:
+        asked = f"--precision {self.record['precision']} --target {self.record['target']}"
+        return f"build it again: `edgeres build-engine {asked}`"
 
-def build(typed: Path, folder: Path, target_name: str, target: Target) -> Engine:
-    """Build the engine for ``typed``, an FP32, FP16 or INT8 ONNX file made by edgeres, into ``folder``."""
+    def check_version(self, version: str) -> None:
+        """Raise `StaleError` if this plan does not load in ``version`` of its executor.
+
+        It loads in the one that built it; if version-compatible, also in later ones of the same major version
+        (TensorRT documentation, "Version compatibility").
+        """
+        built = self.record["built_with"][self.record["executor"]]
+        compatible = self.record.get("options", {}).get("version_compatible")
+        later = _numbers(version) >= _numbers(built) and _numbers(version)[0] == _numbers(built)[0]
+        if version != built and not (compatible and later):
+            raise StaleError(
+                f"{self.path} is for {self.record['executor']} {built}",
+                evidence=f"here is {self.record['executor']} {version}",
+                hint=self._again + ("" if compatible else "; --build version_compatible=true serves later ones too"),
+            )
+
+    def check_gpu(self, gpus: list[devices.Gpu] | None = None) -> None:
+        """Raise `StaleError` if this plan is for another GPU than the first here, or of ``gpus``.
+
+        It is for the compute capability it was built on, unless it was built to be compatible (TensorRT documentation,
+        "Hardware compatibility"); TensorRT-RTX builds for several. Without a GPU nothing is known.
+        """
+        gpus = devices.gpus() if gpus is None else gpus
+        name, options = self.record["executor"], self.record.get("options", {})
+        if not gpus or name not in trt.EXECUTORS:
+            return
+        gpu, on = gpus[0], self.record["built_with"].get("gpu")
+        if name == "tensorrt-rtx":
+            wanted = ", ".join(options.get("capabilities") or []) or PORTABLE
+        elif on is None:
+            return
+        else:
+            wanted = PORTABLE if options.get("hardware") == "ampere-plus" else on["capability"]
+        fits = float(gpu.capability) >= 8 if wanted == PORTABLE else gpu.capability in wanted.split(", ")
+        if not fits:
+            raise StaleError(
+                f"{self.path} is for compute capability {wanted}",
+                evidence=f"{gpu.name} here has {gpu.capability}",
+                hint=self._again,
+            )
+        if on and on["name"] != gpu.name and options.get("hardware") == "none":
+            say(f"note: {self.path.name} was built on {on['name']}; built again for this {gpu.name} it may be faster")
+
+
+PORTABLE = "8.0 or later"
+"""What a plan for Ampere and newer runs on, and what TensorRT-RTX builds for unless told."""
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", version))
+
+
+def build(
+    typed: Path, folder: Path, target_name: str, target: Target, calibration: trt.Calibration | None = None
+) -> Engine:
+    """Build the engine for ``typed``, an FP32, FP16 or INT8 ONNX file made by edgeres, into ``folder``.
+
+    ``calibration`` is for implicit INT8.
+    """
     start = time.perf_counter()
     model = graph.load(typed)
     made = graph.metadata(model)
     if "precision" not in made:
         raise InputError(f"{typed} was not made by edgeres", hint="give the file that `edgeres quantize` wrote")
     tool = executor(target.executor)
-    options: dict[str, Any] = {}
+    built_with = {"edgeres": edgeres.__version__, target.executor: tool.version(), "machine": platform.machine()}
+    more: dict[str, Any] = {}
     if target.executor in trt.EXECUTORS:
         path = folder / "engine.plan"
-        cache = cache_folder() / "timing" / f"{target.executor}.cache"
-        asked = replace(target.build, timing_cache=cache)
-        plan, used = trt.build(trt.load_library(target.executor), typed.read_bytes(), made["precision"], asked)
-        with atomic(path) as temporary:
-            temporary.write_bytes(plan)
-        fusion = _audit(tool, path, made["precision"])
-        options = {k: v for k, v in asdict(used).items() if k != "timing_cache"}
+        plan, fusion = _plan(path, typed, model, target, calibration)
+        options = {k: v for k, v in asdict(plan.options).items() if k != "timing_cache"}
+        more = {"asked": target.asked, "options": options, "notes": plan.notes, "on_gpu": plan.on_gpu}
+        built_with |= _here()
     else:
         with busy("look at what fuses"):
             fusion = tool.audit(typed, made["precision"])
@@ -101,23 +175,74 @@ def build(typed: Path, folder: Path, target_name: str, target: Target) -> Engine
         "precision": made["precision"],
         **dict.fromkeys(("depth", "variant", "classes", "batch", "preprocess")),
         **{k: v for k, v in made.items() if k in COPIED},
-        **({"options": options} if options else {}),
+        **more,
         "fusion": asdict(fusion),
-        "made_from": {"onnx": sha256_file(typed), "model": made.get("model", graph.digest(model))},
-        "built_with": {
-            "edgeres": edgeres.__version__,
-            target.executor: tool.version(),
-            "machine": platform.machine(),
+        "made_from": {
+            "onnx": sha256_file(typed),
+            "model": made.get("model", graph.digest(model)),
+            **({"table": table} if (table := made.get("quantization", {}).get("table")) else {}),
         },
+        "built_with": built_with,
         "build_seconds": round(time.perf_counter() - start, 3),
     }
     write_json(folder / RECORD, record)
     return Engine(path, record)
 
 
-def _audit(tool: Executor, path: Path, precision: str) -> Fusion:
-    """What the plan at ``path`` runs, if this machine can load it: TensorRT-RTX also builds where there is no GPU."""
+def _plan(
+    path: Path, typed: Path, model: Any, target: Target, calibration: trt.Calibration | None
+) -> tuple[trt.Built, Fusion]:
+    """Build a plan, and look at what it runs: its layers go beside it."""
+    from edgeres.runners.tensorrt import TensorRt
+
+    precision = graph.metadata(model)["precision"]
+    asked = replace(target.build, timing_cache=cache_folder() / "timing" / f"{target.executor}.cache")
+    library = trt.load_library(target.executor)
+    built = trt.build(library, typed.read_bytes(), precision, _within_memory(asked), calibration)
+    with atomic(path) as temporary:
+        temporary.write_bytes(built.plan)
+    layers = path.with_name(engine_layers.FILE)
+    layers.unlink(missing_ok=True)  # of the plan before
+    cache = path.with_suffix(".cache")
+    cache.unlink(missing_ok=True)
+    if built.calibration_cache:
+        with atomic(cache) as temporary:
+            temporary.write_bytes(built.calibration_cache)
+    settings = {"dla_core": built.options.dla_core, "version_compatible": built.options.version_compatible}
     try:
-        return tool.audit(path, precision)
-    except (BuildError, MissingDependency) as error:
-        return Fusion({}, [f"what the engine runs in was not looked at: {error.cause}"])
+        found, times = TensorRt(target.executor).examine(path, **settings)
+    except (BuildError, MissingDependency) as error:  # TensorRT-RTX also builds where there is no GPU
+        return built, Fusion({}, [f"what the engine runs in was not looked at: {error.cause}"])
+    counts = graph.count_ops(model)
+    head = bool(graph.metadata(model).get("dla"))  # the classifier is a convolution too
+    numbers = {"convolutions": counts.get("Conv", 0) - head, "residuals": counts.get("Add", 0)}
+    write_json(layers, {"sha256": sha256_file(path), "layers": found, "times_ms": times, **numbers})
+    return built, audit(found, precision, times, **numbers).fusion()
+
+
+def _within_memory(options: trt.Options) -> trt.Options:
+    """``options``, on a Jetson with no more workspace than is free: its GPU has no memory of its own."""
+    free = devices.free_memory()
+    if devices.jetson() is None or free is None:
+        return options
+    most = free * SHARE // trt.MIB
+    if options.workspace is not None and options.workspace <= most:
+        return options
+    say(f"workspace: {most:,.0f} MiB, of {free // trt.MIB:,} MiB that are free and shared with the GPU")
+    return replace(options, workspace=float(most))
+
+
+SHARE = 0.75
+"""Of the free memory of a Jetson that a workspace may take: the builder needs some besides."""
+
+
+def _here() -> dict[str, Any]:
+    """The GPU, the driver and the Jetson that a plan is built on, as far as there are any."""
+    gpus, jetson = devices.gpus(), devices.jetson()
+    found = {
+        "gpu": asdict(gpus[0]) if gpus else None,
+        "cuda": devices.driver(),
+        "driver": devices.driver_release(),
+        "jetson": asdict(jetson) if jetson else None,
+    }
+    return {key: value for key, value in found.items() if value}

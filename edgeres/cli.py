@@ -6,6 +6,7 @@ import errno
 import functools
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +16,8 @@ from rich.console import Console
 import edgeres
 from edgeres import progress
 from edgeres.errors import EdgeresError, UsageError
-from edgeres.recipe import AUTO, DEPTHS, IO, METHODS, PRECISIONS, STRIDE_ON, find_workspace, load_recipe, merge, resolve
+from edgeres.options import OPTIONS, PATH
+from edgeres.recipe import AUTO, find_workspace, load_recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -58,97 +60,6 @@ class Commands(click.Group):
         return list(self.commands)  # in the order of the flow, not of the alphabet
 
 
-PATH = click.Path(path_type=Path)
-
-
-def recipe_option(section: str | None, key: str, *flags: str, **kwargs: Any) -> Callable[[F], F]:
-    """A flag that overrides ``key`` in ``section`` of the recipe. Paths start at the current folder."""
-    is_path = kwargs.pop("path", False)
-    convert = kwargs.pop("convert", None)
-    if is_path:
-        kwargs["metavar"] = "PATH"
-
-    def callback(ctx: click.Context, _param: click.Parameter, value: Any) -> None:
-        if value is not None:
-            value = resolve(value, Path.cwd()) if is_path else convert(value) if convert else value
-            layer = {section: {key: value}} if section else {key: value}
-            ctx.meta["flags"] = merge(ctx.meta.get("flags", {}), layer)
-
-    return click.option(*flags, callback=callback, expose_value=False, **kwargs)
-
-
-OPTIONS: dict[str, Callable[[Any], Any]] = {
-    "depth": recipe_option(
-        "model",
-        "depth",
-        "--depth",
-        type=click.Choice(tuple(str(d) for d in DEPTHS)),
-        convert=int,
-        help="Layers of the network; 50 unless given.",
-    ),
-    "variant": recipe_option(
-        "model",
-        "variant",
-        "--variant",
-        type=click.Choice(tuple(STRIDE_ON)),
-        help="Where stride 2 sits: v1 1x1, v1.5 3x3.",
-    ),
-    "weights": recipe_option(
-        "model", "weights", "--weights", path=True, help="Checkpoint file, or imagenet, imagenet-v2 (downloaded once)."
-    ),
-    "classes": recipe_option(
-        "model", "classes", "--classes", type=int, help="Number of classes; as the checkpoint has."
-    ),
-    "input-size": recipe_option("preprocess", "crop", "--input-size", type=int, help="Height and width in pixels."),
-    "resize": recipe_option(
-        "preprocess", "resize", "--resize", type=int, help="Shorter side before the crop; input size * 256/224."
-    ),
-    "opset": recipe_option("model", "opset", "--opset", type=int, help="ONNX opset, 17 unless given."),
-    "batch": recipe_option("model", "batch", "--batch", type=int, help="Fixed batch size; dynamic unless given."),
-    "precision": recipe_option(
-        "engine", "precision", "--precision", type=click.Choice(PRECISIONS), help="Precision of the engine."
-    ),
-    "target": recipe_option("engine", "target", "--target", help="Who executes: cpu, cpu-openvino, rtx, desktop, ..."),
-    "calibration": recipe_option(
-        "calibration",
-        "images",
-        "--calibration",
-        path=True,
-        help="Image folder or list file to calibrate on, or a range table.",
-    ),
-    "method": recipe_option(
-        "calibration", "method", "--method", type=click.Choice((*METHODS, AUTO)), help="How ranges become thresholds."
-    ),
-    "equalize": recipe_option(
-        "calibration", "equalize", "--equalize/--no-equalize", default=None, help="Even out channels first; on."
-    ),
-    "io": recipe_option(
-        "engine", "io", "--io", type=click.Choice(IO), help="What the engine takes: fp32, fp16, or raw uint8 pixels."
-    ),
-    "calibration-limit": recipe_option(
-        "calibration", "limit", "--limit", type=int, help="Calibrate on at most this many images."
-    ),
-    "data": recipe_option(
-        "validation", "images", "--data", path=True, help="Image folder or list file to validate on."
-    ),
-    "labels": recipe_option(
-        "validation", "labels", "--labels", path=True, help="File with one class name per line, in the model's order."
-    ),
-    "limit": recipe_option("validation", "limit", "--limit", type=int, help="At most this many images."),
-    "max-drop": recipe_option(
-        "budget", "max_drop", "--max-drop", type=float, help="Budget: top-1 points below FP32 that may be lost."
-    ),
-    "seed": recipe_option(None, "seed", "--seed", type=int, help="Draws the subsets of images."),
-    "like": click.option(
-        "--like", metavar="NAME|PATH", help="Preprocessing: imagenet, imagenet-v2, timm, mlperf, or as an ONNX file's."
-    ),
-    "model": click.option("--model", type=PATH, help="FP32 ONNX file made by `edgeres export`."),
-    "force": click.option("--force", is_flag=True, help="Use a checkpoint that seems to be of the other variant."),
-    "skip-bad": click.option("--skip-bad", is_flag=True, help="Leave out unreadable images and say which."),
-    "output": click.option("-o", "--output", type=PATH, help="Where to write; an engine is a folder."),
-}
-
-
 def command(*names: str, parent: click.Group | None = None) -> Callable[[F], Any]:
     """A command with the named `OPTIONS`, --json and --quiet, called with ``show(value, *renderables)``."""
 
@@ -184,8 +95,14 @@ def job(recipe: Path | None = None, model: Path | None = None, skip_bad: bool = 
     from edgeres.job import Job
 
     root = find_workspace(recipe.parent if recipe else Path.cwd())
-    flags = click.get_current_context().meta.get("flags")
-    return Job(load_recipe(root, recipe, flags), root, model, skip_bad, force)
+    asked = load_recipe(root, recipe, click.get_current_context().meta.get("flags"))
+    if asked.engine.target == AUTO:
+        from edgeres import doctor
+
+        target = doctor.detect(doctor.gather())
+        progress.say(f"target auto is {target} here")
+        asked = replace(asked, engine=replace(asked.engine, target=target))
+    return Job(asked, root, model, skip_bad, force)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -200,7 +117,7 @@ def cli() -> None:
 NETWORK = ("depth", "variant", "weights")
 EXPORT = ("input-size", "resize", "opset", "batch", "calibration", "seed", "skip-bad")
 MEASURE = ("model", "calibration", "equalize", "calibration-limit", "seed", "skip-bad", "force")
-BUILD = ("precision", "target", "io", "method", *MEASURE)
+QUANTIZE = ("precision", "target", "tensorrt", "io", "method", "weight-scales", *MEASURE)
 
 
 @command(*NETWORK, "classes", *EXPORT, "force", "output")
@@ -260,22 +177,29 @@ def pack(show: Any, source: Path, like: str | None, model: Path | None, skip_bad
 @command(*NETWORK, *MEASURE, "output")
 def calibrate(show: Any, output: Path | None, **options: Any) -> None:
     """FP32 ONNX + images -> range table."""
-    from edgeres import pipeline
+    from edgeres.ranges import calibrate_model
 
-    path = pipeline.calibrate_model(job(**options), output)
+    path = calibrate_model(job(**options), output)
     show({"table": str(path)}, str(path))
 
 
-@command(*NETWORK, *BUILD, "output")
+@command(*NETWORK, *QUANTIZE, "output")
 def quantize(show: Any, output: Path | None, **options: Any) -> None:
     """FP32 ONNX + range table -> typed ONNX for a target."""
-    from edgeres import graph, pipeline
+    from edgeres import graph
+    from edgeres.trtexec import trtexec
+    from edgeres.typed import quantize_model, target_of
 
-    path = pipeline.quantize_model(job(**options), output)
-    show({"onnx": str(path), **graph.metadata(graph.load(path))}, str(path))
+    work = job(**options)
+    path = quantize_model(work, output)
+    value = {"onnx": str(path), **graph.metadata(graph.load(path))}
+    if (target := target_of(work)).executor == "tensorrt":
+        value["trtexec"] = trtexec(path, value["precision"], target, value["preprocess"]["crop"], value["batch"])
+        progress.say(f"where edgeres itself does not run: {value['trtexec']}")
+    show(value, str(path))
 
 
-@command(*NETWORK, *BUILD, "output")
+@command(*NETWORK, *QUANTIZE, "build", "output")
 def build_engine(show: Any, output: Path | None, **options: Any) -> None:
     """Build an engine, and whatever it needs that is missing."""
     from edgeres import pipeline
@@ -320,16 +244,19 @@ def run(show: Any, recipe: Path, output: Path | None, **options: Any) -> None:
 @command("depth", "variant", "classes", "input-size", "output")
 @click.argument("path", type=PATH, required=False)
 @click.option("--plot", metavar="TENSOR", help="Draw a range table's histogram of this tensor to -o FILE.png or .svg.")
-def inspect(show: Any, path: Path | None, plot: str | None, output: Path | None) -> None:
+@click.option("--profile", metavar="FILE", type=PATH, help="Times of layers that trtexec --exportProfile wrote.")
+def inspect(show: Any, path: Path | None, plot: str | None, profile: Path | None, output: Path | None) -> None:
     """The network, or what is inside an artifact.
 
-    Without PATH, the stage table: output sizes, parameters, multiply-adds. PATH is an ONNX file, a range table or an
-    engine folder.
+    Without PATH, the stage table: output sizes, parameters, multiply-adds. PATH is an ONNX file, a range table, an
+    engine folder, or layers that trtexec --exportLayerInfo wrote.
     """
     from edgeres import inspect as inspection
 
     if (plot is None) != (output is None) or (plot and path is None):
         raise UsageError("a plot needs a range table, --plot TENSOR and -o FILE")
+    if profile and path is None:
+        raise UsageError("a profile needs the engine or the layers that it belongs to")
     if plot and path and output:
         inspection.plot(path, plot, output)
         show({"plot": str(output)}, str(output))
@@ -337,7 +264,27 @@ def inspect(show: Any, path: Path | None, plot: str | None, output: Path | None)
         recipe = job().recipe
         show(*inspection.network(recipe.model, recipe.preprocess.crop))
     else:
-        show(*inspection.artifact(path))
+        show(*inspection.artifact(path, profile))
+
+
+@command()
+def targets(show: Any) -> None:
+    """Every target: who executes, on what.
+
+    `edgeres doctor` says which of them this machine builds and runs.
+    """
+    from edgeres import inspect as inspection
+
+    show(*inspection.targets())
+
+
+@command()
+@click.option("--matrix", is_flag=True, help="Also what every JetPack brings.")
+def doctor(show: Any, matrix: bool) -> None:
+    """What this machine can build and run, what is in the way, and what to do."""
+    from edgeres.doctor import report
+
+    show(*report(matrix))
 
 
 @command("variant", "seed")

@@ -93,7 +93,10 @@ def measure(model: Any, batches: Iterable[Batch]) -> dict[str, list[int]]:
                 seen[name].append(np.maximum(values.max(2), -values.min(2)))
     reach: dict[str, np.ndarray] = {}
     for name, pieces in seen.items():
-        group, most = group_of[name], np.quantile(np.concatenate(pieces), QUANTILE, axis=0)
+        reached = np.concatenate(pieces)
+        if not np.isfinite(reached).all():
+            return {}  # calibration will name the tensor and the image
+        group, most = group_of[name], np.quantile(reached, QUANTILE, axis=0)
         reach[group] = np.maximum(reach.get(group, 0), most)
     out = {}
     for group, r in reach.items():

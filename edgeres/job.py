@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from edgeres.recipe import Recipe
 
@@ -53,9 +54,9 @@ class Job:
         engine = self.recipe.engine
         return self.root / "engines" / "out" / f"{self.stem}-{engine.precision}-{engine.target}"
 
-    def at(self, precision: str) -> Job:
-        """The same job at another precision."""
-        return replace(self, recipe=replace(self.recipe, engine=replace(self.recipe.engine, precision=precision)))
+    def with_engine(self, **changes: Any) -> Job:
+        """The same job with another precision, target, ... of the engine."""
+        return replace(self, recipe=replace(self.recipe, engine=replace(self.recipe.engine, **changes)))
 
     def show(self, path: Path) -> str:
         """``path`` as a user in the workspace would write it."""

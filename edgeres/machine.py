@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import os
 import platform
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import edgeres
+from edgeres import devices
+
+ARM = {
+    ("0x41", "0xd42"): "Arm Cortex-A78AE",  # Orin
+    ("0x41", "0xd83"): "Arm Neoverse-V3AE",  # Thor
+    ("0x4e", "0x004"): "NVIDIA Carmel",  # Xavier
+}
+"""Implementer and part -> name, of Jetsons: Linux gives no name on Arm (its arch/arm64/include/asm/cputype.h)."""
 
 
 def cpu_info() -> dict[str, str]:
@@ -28,14 +37,26 @@ def cpu_flags() -> frozenset[str]:
 
 
 def describe() -> dict[str, Any]:
-    """Processor, cores that this process may use, the instruction sets that matter for INT8, and the load."""
+    """Processor, cores that this process may use, the instruction sets that matter for INT8, and the load.
+
+    Where there are, also ``gpus``, the driver (``cuda``: the version it supports; ``driver``: its own) and ``jetson``.
+    """
     interesting = {"avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm"}
+    info, jetson = cpu_info(), devices.jetson()
+    name = info.get("model name") or ARM.get((info.get("CPU implementer", ""), info.get("CPU part", "")))
+    more = {
+        "gpus": [asdict(gpu) for gpu in devices.gpus()],
+        "cuda": devices.driver(),
+        "driver": devices.driver_release(),
+        "jetson": asdict(jetson) if jetson else None,
+    }
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": cpu_info().get("model name") or platform.processor() or "unknown",
+        "cpu": name or platform.processor() or "unknown",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "instruction_sets": sorted(cpu_flags() & interesting),
         "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        **{key: value for key, value in more.items() if value},
     }
 
 

@@ -15,7 +15,7 @@ from edgeres import graph
 from edgeres.calibrate import BINS, RangeTable, TensorRange
 from edgeres.equalize import equalize
 from edgeres.errors import InputError, need
-from edgeres.thresholds import METHODS
+from edgeres.thresholds import METHODS, WEIGHTS
 
 SAME_VALUES = ("MaxPool", "Flatten")
 """Operators whose outputs are some of their inputs: no rescaling is needed if both sides share one scale."""
@@ -31,9 +31,9 @@ class Scheme:
     Activations have one scale per tensor, (): ``signed`` int8, symmetric, zero point 0, scale = threshold / 127; else
     uint8 with a zero point. ``everywhere``: a pair on both sides of every integer operator; else only on what a layer,
     a pool or an Add reads. ``main_branch``: also on the input of an Add that comes bare from a convolution. Weights are
-    int8, symmetric, one scale per output channel (K,), with ``weight_bits`` of the 8 used; ``int8_weights``: stored so,
-    else FP32 through Q and DQ. ``int32_bias``: biases as int32 at activation scale * weight scale, else float.
-    ``rest``: precision of what is not INT8.
+    int8, symmetric, one scale per output channel (K,) by the rule ``weights``, with ``weight_bits`` of the 8 used;
+    ``int8_weights``: stored so, else FP32 through Q and DQ. ``int32_bias``: biases as int32 at activation scale *
+    weight scale, else float. ``rest``: precision of what is not INT8, and of scales, unless they go into a ``cache``.
     """
 
     name: str
@@ -43,8 +43,16 @@ class Scheme:
     main_branch: bool = True
     int8_weights: bool = True
     int32_bias: bool = True
+    weights: str = "absmax"
     weight_bits: int = 8
     rest: str = "fp32"
+    cache: bool = False
+
+    @property
+    def smallest(self) -> float:
+        """The smallest scale that is no subnormal number in the type in which scales are stored."""
+        half = self.rest == "fp16" and not self.cache  # a calibration cache has float32 scales
+        return float(np.finfo(np.float16 if half else np.float32).tiny)
 
 
 SCHEMES = {
@@ -62,7 +70,7 @@ SCHEMES = {
             rest="fp16",
         ),
         # no graph of its own: ranges in a calibration cache, beside the FP32 graph. This one simulates it
-        Scheme("implicit", signed=True, int8_weights=False, int32_bias=False, rest="fp16"),
+        Scheme("implicit", signed=True, int8_weights=False, int32_bias=False, rest="fp16", cache=True),
     )
 }
 
@@ -79,6 +87,9 @@ def int8(model: Any, table: RangeTable, scheme: Scheme, method: str, keep: Colle
     out = equalize(model, table.exponents)
     g = out.graph
     weights = graph.initializers(out)
+    for node in g.node:
+        if node.op_type in graph.LAYERS and node.name not in keep:
+            _check_layer(node, weights)
     tensors = pairs(model, scheme, keep)
     scales = activation_scales(model, table, scheme, method, tensors)
     nodes: list[Any] = []
@@ -107,11 +118,10 @@ def int8(model: Any, table: RangeTable, scheme: Scheme, method: str, keep: Colle
         new = type(node)()
         new.CopyFrom(node)
         if node.op_type in graph.LAYERS and node.name not in keep and node.input[0] in held:
-            _check_gemm(node)
             data, weight, *bias = node.input
             w, x_scale = weights[weight], scales[data][0] if scheme.int32_bias else np.ones((), np.float32)
             b = weights[bias[0]] if bias and scheme.int32_bias else np.zeros(len(w), np.float32)
-            integers, w_scale = quantize_weight(w, scheme.weight_bits, b, x_scale, scheme.rest)
+            integers, w_scale = quantize_weight(w, scheme, b, x_scale)
             if scheme.int8_weights:
                 new.input[1] = constant(weight, integers, w_scale)
             else:
@@ -172,7 +182,7 @@ def activation_scales(
             lo, hi = METHODS[method](measured, 255)
             scale = (hi - lo) / 255
             zero = np.asarray(np.clip(np.rint(-lo / scale) if scale else 0, 0, 255), np.uint8)
-        scales[name] = _normal(np.asarray(scale), scheme.rest), zero
+        scales[name] = _normal(np.asarray(scale), scheme), zero
     return scales
 
 
@@ -184,28 +194,28 @@ def magnitudes(r: TensorRange) -> TensorRange:
 
 
 def quantize_weight(
-    weight: np.ndarray, bits: int = 8, bias: np.ndarray | float = 0, x_scale: np.ndarray | float = 1, rest: str = "fp32"
+    weight: np.ndarray, scheme: Scheme, bias: np.ndarray | float = 0, x_scale: np.ndarray | float = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weight (K, ...) -> int8 (K, ...) and scale float32 (K,): absmax / (2^(bits-1) - 1) per output channel.
+    """Weight (K, ...) -> int8 (K, ...) and scale float32 (K,): threshold / (2^(bits-1) - 1) per output channel.
 
     A channel of zeros gets scale 1, and so does one whose products with the input, of ``x_scale``, vanish in FP32. A
-    scale so small that ``bias`` (K,) would not fit int32 is raised until it does. ``rest``: precision of the scales.
+    scale so small that ``bias`` (K,) would not fit int32 is raised until it does.
     """
-    top = 2 ** (bits - 1) - 1
-    absmax = np.abs(weight.reshape(len(weight), -1)).max(1)
-    scale = np.maximum(absmax / top, np.abs(bias) / (x_scale * np.float32(2**30)))
-    scale = _normal(np.where(scale * x_scale > np.finfo(np.float32).tiny, scale, 0), rest)
+    top = 2 ** (scheme.weight_bits - 1) - 1
+    threshold = WEIGHTS[scheme.weights](weight.reshape(len(weight), -1), top)
+    scale = np.maximum(threshold / top, np.abs(bias) / (x_scale * np.float32(2**30)))
+    scale = _normal(np.where(scale * x_scale > np.finfo(np.float32).tiny, scale, 0), scheme)
     integers = np.rint(weight / scale.reshape(-1, *[1] * (weight.ndim - 1)))
     return np.clip(integers, -top - 1, top).astype(np.int8), scale
 
 
-def _normal(scale: np.ndarray, rest: str) -> np.ndarray:
-    """``scale`` as executors take it, float32 and no subnormal number of precision ``rest``.
+def _normal(scale: np.ndarray, scheme: Scheme) -> np.ndarray:
+    """``scale`` as executors take it, float32 and no subnormal number where it is stored.
 
     1 where it is as good as 0: what it scales is a constant 0, and any will do.
     """
     scale = np.where(scale > np.finfo(np.float32).tiny, scale, 1)
-    return np.maximum(scale, np.finfo(np.float16).tiny if rest == "fp16" else 0).astype(np.float32)
+    return np.maximum(scale, scheme.smallest).astype(np.float32)
 
 
 def _source(model: Any, name: str, same: tuple[str, ...]) -> str:
@@ -216,8 +226,21 @@ def _source(model: Any, name: str, same: tuple[str, ...]) -> str:
     return name
 
 
-def _check_gemm(node: Any) -> None:
-    """Output channels must lie on axis 0 of the weight, which for Gemm means transB."""
+def _check_layer(node: Any, constants: dict[str, np.ndarray]) -> None:
+    """Weights must be finite constants, their output channels on axis 0, which for Gemm means transB."""
+    for name in filter(None, node.input[1:]):
+        if name not in constants:
+            raise InputError(
+                f"cannot quantize {node.op_type} {node.name}",
+                evidence=f"its input {name} is no constant",
+                hint="`edgeres import` folds what can be computed before",
+            )
+        if not np.isfinite(constants[name]).all():
+            raise InputError(
+                f"cannot quantize {node.op_type} {node.name}",
+                evidence=f"{name} holds NaN or infinity",
+                hint="the checkpoint is damaged, or its training went wrong",
+            )
     attributes = {a.name: a.i for a in node.attribute if a.name in ("transA", "transB")}
     if node.op_type == "Gemm" and attributes != {"transB": 1}:
         raise InputError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import sys
 import types
 import typing
@@ -32,7 +33,11 @@ BASIC_DEPTHS = (18, 34)
 PRECISIONS = ("fp32", "fp16", "int8")
 METHODS = ("minmax", "entropy", "percentile-99.9", "percentile-99.99", "percentile", "mse")
 AUTO = "auto"
-"""The method of these that is most faithful on held-out images."""
+"""The method of these that is most faithful on held-out images. As a target: the one of this machine."""
+ON_DEVICE = ("tensorrt-entropy", "tensorrt-minmax")
+"""Methods of TensorRT's own calibrators, up to 10, which take the images while it builds."""
+WEIGHTS = ("absmax", "mse")
+"""Rules for the scales of weights."""
 IO = ("fp32", "fp16", "uint8")
 """What an engine takes and gives; uint8 pixels are normalized in the graph."""
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "area")
@@ -136,27 +141,35 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class CalibrationSection:
-    """``[calibration]``: which images, how many; ``equalize`` channels or not; how ranges become thresholds."""
+    """``[calibration]``: which images, how many; ``equalize`` channels or not; how ranges become thresholds.
+
+    ``weights``: the rule for the scales of weights.
+    """
 
     images: str | None = field(default=None, metadata=PATH)
     limit: int = 512
     method: str = "mse"
+    weights: str = "absmax"
     equalize: bool = True
 
     def __post_init__(self) -> None:
         at_least("calibration.limit", self.limit, 1)
-        one_of("method", self.method, (*METHODS, AUTO))
+        one_of("method", self.method, (*METHODS, AUTO, *ON_DEVICE))
+        one_of("rule for weight scales", self.weights, WEIGHTS)
 
 
 @dataclass(frozen=True)
 class EngineSection:
-    """``[engine]``: what is built."""
+    """``[engine]``: what is built. ``tensorrt``: the version on the device, if it is not the one its target has."""
 
     target: str = "cpu"
     precision: str = "int8"
     io: str = "fp32"
+    tensorrt: str | None = None
 
     def __post_init__(self) -> None:
+        if self.tensorrt is not None and not re.fullmatch(r"\d+(\.\d+)+", self.tensorrt):
+            raise UsageError(f"{self.tensorrt!r} is no TensorRT version", hint="such as 10.3.0")
         one_of("precision", self.precision, PRECISIONS)
         one_of("io", self.io, IO)
 
@@ -193,6 +206,8 @@ class Recipe:
     preprocess: Preprocess = Preprocess()
     calibration: CalibrationSection = CalibrationSection()
     engine: EngineSection = EngineSection()
+    build: dict[str, Any] = field(default_factory=dict)
+    """How TensorRT builds: keys of `trt.Options`, over those of the target."""
     validation: ValidationSection = ValidationSection()
     budget: Budget = Budget()
     said: dict[str, Any] = field(default_factory=dict, compare=False, metadata={"internal": True})
@@ -250,12 +265,41 @@ def _checked(key: str, value: Any, hint: Any, where: str) -> Any:
             item = typing.get_args(kind)[0]
             if isinstance(value, list | tuple):
                 return typing.get_origin(kind)(_checked(key, v, item, where) for v in value)
+        elif typing.get_origin(kind) is dict and isinstance(value, dict):
+            return value
         elif kind is float and _is_number(value):
             return float(value)
-        elif isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
+        elif isinstance(kind, type) and isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
             return value
     names = " or ".join(getattr(k, "__name__", str(k)) for k in allowed if k is not type(None))
     raise UsageError(f"{key!r}{where} must be {names}, not {value!r}")
+
+
+def parse_setting(cls: type[Any], text: str) -> tuple[str, Any]:
+    """KEY=VALUE as a shell gives it -> key of ``cls``, and the value as its type. Lists are separated by commas."""
+    key, equals, value = text.partition("=")
+    hints = typing.get_type_hints(cls)
+    kinds = {f.name: hints[f.name] for f in fields(cls) if not f.metadata.get("internal")}
+    if not equals or key not in kinds:
+        near = difflib.get_close_matches(key, kinds, 1)
+        guess = f"did you mean {near[0]!r}? " if near else ""
+        raise UsageError(f"{text!r} is no KEY=VALUE", hint=f"{guess}known keys: {', '.join(kinds)}")
+    return key, _checked(key, _parsed(value, kinds[key]), kinds[key], "")
+
+
+def _parsed(text: str, kind: Any) -> Any:
+    """``text`` as one of the types that ``kind`` allows, or as it is if it reads like none."""
+    for option in typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,):
+        if typing.get_origin(option) is tuple:
+            return tuple(_parsed(part, typing.get_args(option)[0]) for part in text.split(","))
+        if option is bool and text in ("true", "false"):
+            return text == "true"
+        if option in (int, float):
+            try:
+                return option(text)
+            except ValueError:
+                continue
+    return text
 
 
 def _is_number(value: Any) -> bool:
@@ -291,7 +335,7 @@ def read_toml(path: Path, root: Path, below: dict[str, Any]) -> dict[str, Any]:
     from_dict(Recipe, merge(below, values), f" in {path}")  # before the next layer, so that an error names this file
     for section in fields(Recipe):
         table = values.get(section.name)
-        if isinstance(table, dict):
+        if isinstance(table, dict) and section.name != "build":  # which holds no paths
             for f in fields(typing.get_type_hints(Recipe)[section.name]):
                 if f.metadata.get("path") and f.name in table:
                     table[f.name] = resolve(table[f.name], root)

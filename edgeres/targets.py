@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from edgeres.errors import UsageError
 from edgeres.machine import cpu_flags
 from edgeres.quantize import SCHEMES, Scheme
-from edgeres.recipe import one_of, read_record
-from edgeres.trt import Options
+from edgeres.recipe import from_dict, one_of, read_record
+from edgeres.trt import EXECUTORS, Options
 
 
 @dataclass(frozen=True)
 class Target:
     """One executor on one kind of machine. ``scheme`` names how Q/DQ is laid; ``precisions`` what it can run.
 
-    ``tensorrt`` is the version that a calibration cache is written for, ``build`` how a plan is built.
+    ``tensorrt``: the version there, as far as the graph depends on it. ``capability``: of the GPU, such as "8.7".
+    ``dla``: the graph must be one that DLA runs. ``build``: how a plan is built.
     """
 
     description: str
@@ -26,7 +28,30 @@ class Target:
     scheme: str
     precisions: list[str]
     tensorrt: str | None = None
+    capability: str | None = None
+    dla: bool = False
     build: Options = field(default_factory=Options)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """How a plan is to be built, as engine.json has it; empty where no plan is built."""
+        options = asdict(self.build) if self.executor in EXECUTORS else {}
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in options.items() if key != "timing_cache"}
+
+    @property
+    def major(self) -> int | None:
+        """TensorRT's major version, where one is known."""
+        return int(self.tensorrt.split(".")[0]) if self.tensorrt else None
+
+    @property
+    def typed(self) -> bool:
+        """Whether FP16 is in the graph. TensorRT 8 has flags for it, and FP32 scales only; DLA needs them up to 10."""
+        return self.major is None or self.major >= (11 if self.dla else 10)
+
+    @property
+    def implicit(self) -> bool:
+        """Whether INT8 is an FP32 graph and a calibration cache, which TensorRT has up to 10."""
+        return self.scheme == "implicit" and (self.major is None or self.major <= 10)
 
 
 def names() -> tuple[str, ...]:
@@ -35,22 +60,33 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".toml")))
 
 
-def load_target(name: str, precision: str | None = None) -> Target:
-    """The record of target ``name``; with ``precision``, refused if the target cannot run it."""
+def load_target(
+    name: str, precision: str | None = None, tensorrt: str | None = None, build: dict[str, Any] | None = None
+) -> Target:
+    """The record of target ``name``; another version of ``tensorrt`` and options of ``build`` win over its own.
+
+    With ``precision``, refused if the target cannot run it.
+    """
     one_of("target", name, names())
     text = (resources.files("edgeres") / "targets" / f"{name}.toml").read_text(encoding="utf-8")
     target = read_record(Target, text, f"target {name}")
     if precision is not None and precision not in target.precisions:
         raise UsageError(f"target {name} does not run {precision}", hint=f"it runs {', '.join(target.precisions)}")
-    return target
+    if build and target.executor in EXECUTORS:
+        target = replace(target, build=from_dict(Options, {**target.asked, **build}, " in [build]"))
+    if tensorrt is None:
+        return target
+    if target.executor != "tensorrt":
+        raise UsageError(f"target {name} has no TensorRT version to choose", hint="leave out --tensorrt")
+    return replace(target, tensorrt=tensorrt)
 
 
 def scheme_for(target: Target) -> Scheme:
-    """The scheme, fitted to this machine where the machine is what will execute it."""
-    scheme = SCHEMES[target.scheme]
-    if scheme.signed or exact_dot_product(platform.machine(), cpu_flags()):
-        return scheme
-    return replace(scheme, weight_bits=7)
+    """The scheme, fitted to the version of TensorRT, and to this machine where it is what will execute the graph."""
+    scheme = SCHEMES["tensorrt" if target.scheme == "implicit" and not target.implicit else target.scheme]
+    if scheme.signed:
+        return replace(scheme, rest="fp32") if scheme.name == "tensorrt" and not target.typed else scheme
+    return scheme if exact_dot_product(platform.machine(), cpu_flags()) else replace(scheme, weight_bits=7)
 
 
 def exact_dot_product(machine: str, flags: frozenset[str]) -> bool:

@@ -2,6 +2,9 @@
 
 A method maps a `TensorRange` and the scheme's number of integer ``steps`` between the ends to (lo, hi) with
 lo <= 0 <= hi. Values outside are clipped to the ends. Symmetric schemes use -max(|lo|, |hi|) to max(|lo|, |hi|).
+
+Weights are at hand themselves. A rule for them maps rows (K, n), one per output channel, and the largest integer
+``top`` to a threshold per row (K,): the scale is threshold / top, and integers reach from -top - 1 to top.
 """
 
 from __future__ import annotations
@@ -19,6 +22,10 @@ clipped values lie together and are all cut the same way. Held-out SQNR of the l
 with 4 to 8 at 255 (DECISIONS.md)."""
 PERCENTILE = 99.999
 """Share of values that ``percentile`` keeps on each side, in percent, where its name says no other."""
+SHRINK = np.linspace(1.0, 0.5, 51, dtype=np.float32)
+"""Shares of the largest weight that ``least_squares`` tries. Of equally good ones the first is taken."""
+PIECE = 1 << 15
+"""Weights looked at together, so that they stay in the processor's cache."""
 
 
 def minmax(r: TensorRange, steps: int) -> tuple[float, float]:
@@ -118,3 +125,37 @@ METHODS: dict[str, Callable[[TensorRange, int], tuple[float, float]]] = {
     "percentile": percentile,
     "mse": mse,
 }
+
+
+def absmax(rows: np.ndarray, top: int) -> np.ndarray:
+    """The largest magnitude of each row: nothing is clipped."""
+    return np.abs(rows).max(1, initial=0)
+
+
+def least_squares(rows: np.ndarray, top: int) -> np.ndarray:
+    """The threshold of each row whose integers restore it with the least squared error, rounding and clipping alike.
+
+    Over a grid of shares of the largest magnitude. That of a row of zeros is 0.
+    """
+    largest = absmax(rows, top)
+    share = np.ones_like(largest)
+    step = max(1, PIECE // max(rows.shape[1], 1))
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        # in units of the last integer: weights as small or large as floats get have squares, too
+        unit = rows[part] / np.where(largest[part] > 0, largest[part], 1)[:, None] * np.float32(top)
+        error = np.empty((len(SHRINK), len(unit)), np.float32)
+        restored = np.empty_like(unit)
+        for squares, shrink in zip(error, SHRINK, strict=True):
+            np.divide(unit, shrink, out=restored)
+            np.rint(restored, out=restored)
+            np.minimum(restored, top, out=restored)
+            np.maximum(restored, -top - 1, out=restored)
+            np.multiply(restored, shrink, out=restored)
+            np.subtract(restored, unit, out=restored)
+            np.einsum("kn,kn->k", restored, restored, out=squares)
+        share[part] = SHRINK[error.argmin(0)]
+    return largest * share
+
+
+WEIGHTS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {"absmax": absmax, "mse": least_squares}

@@ -15,7 +15,7 @@ import numpy as np
 from edgeres import graph
 from edgeres.calibrate import RangeTable
 from edgeres.equalize import equalize
-from edgeres.errors import BuildError, need
+from edgeres.errors import BuildError, InputError, need
 from edgeres.fidelity import decibels, squares
 from edgeres.loader import Batch
 from edgeres.progress import bar, say
@@ -71,6 +71,12 @@ class Held:
     def __init__(self, model: Any, batches: Iterable[Batch]) -> None:
         self.batches = [b.pixels for b in batches]
         self.reference = self._logits(model)
+        if wrong := int((~np.isfinite(self.reference).all(1)).sum()):
+            raise InputError(
+                "the FP32 model computes NaN or infinity",
+                evidence=f"for {wrong} of {len(self.reference)} images",
+                hint="check the weights and the preprocess",
+            )
 
     def fidelity(self, model: Any) -> Fidelity:
         """How close ``model`` comes to FP32. Logits that are not finite agree with nothing."""

@@ -8,6 +8,9 @@ does not fit a signature TypeError, as pybind11 does. Severities are the fake's 
     lib.script["Builder.build_serialized_network"] = None  # or a function of (self, *arguments), or a property's value
     ...
     lib.called("IBuilderConfig.set_flag")  # [(BuilderFlag.TF32,), ...]
+    lib.layers(("conv1", "CONVOLUTION", True), ...)  # for a network on DLA
+
+A build calls the calibrator that its configuration has as TensorRT does.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import enum
 import inspect
 import json
 import re
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,11 +37,14 @@ OVERLOADED = {  # pybind11 shows these as (*args, **kwargs); one of their forms
 }
 SHAPES = {"input": (-1, 3, 64, 64), "output": (-1, 10)}
 PROPERTIES = {
+    "Builder.num_DLA_cores": 0,
     "IBuilderConfig.num_optimization_profiles": 0,
     "ICudaEngine.num_io_tensors": 2,
     "ICudaEngine.num_optimization_profiles": 1,
     "IHostMemory.nbytes": 4,
     "INetworkDefinition.num_inputs": 1,
+    "INetworkDefinition.num_layers": 0,
+    "ITensor.dtype": lambda tensor: tensor.lib.DataType.FLOAT,
     "ITensor.name": "input",
     "ITensor.shape": SHAPES["input"],
     "OnnxParser.num_errors": 0,
@@ -109,6 +116,17 @@ class Library(ModuleType):
         """What TensorRT does when it has something to tell."""
         self.used[0].log(Severity[severity], message)
 
+    def layers(self, *layers: tuple[str, str, bool]) -> None:
+        """Give the network layers: name, member of LayerType, and whether DLA runs it."""
+        made = []
+        for name, kind, dla in layers:
+            layer = self.make("ILayer")
+            layer.__dict__.update({"=ILayer.name": name, "=ILayer.type": getattr(self.LayerType, kind), "dla": dla})
+            made.append(layer)
+        self.script["INetworkDefinition.num_layers"] = len(made)
+        self.script["INetworkDefinition.get_layer"] = lambda self, index: made[index]
+        self.script["IBuilderConfig.can_run_on_DLA"] = lambda self, layer: layer.__dict__["dla"]
+
     def make(self, name: str) -> Any:
         """An object that the library itself makes."""
         instance = object.__new__(getattr(self, name))
@@ -120,8 +138,7 @@ def fake(version: str, without: tuple[str, ...] = ()) -> Any:
     """The fake of ``version`` (a name in `VERSIONS`), lacking ``without`` ("Class" or "Class.member") besides."""
     rtx = version.startswith("rtx-")
     lib = Library("tensorrt_rtx" if rtx else "tensorrt", version.removeprefix("rtx-"))
-    surface = json.loads((SURFACES / f"{version}.json").read_text(encoding="utf-8"))
-    for name, members in surface.items():
+    for name, members in _surface(version).items():
         if name in without:
             continue
         if all(isinstance(value, int) for value in members.values()):
@@ -136,6 +153,11 @@ def fake(version: str, without: tuple[str, ...] = ()) -> Any:
     for severity in Severity:
         setattr(lib.ILogger, severity.name, severity)
     return lib
+
+
+@cache
+def _surface(version: str) -> dict[str, dict[str, Any]]:
+    return json.loads((SURFACES / f"{version}.json").read_text(encoding="utf-8"))
 
 
 def _member(lib: Library, name: str, text: str) -> Any:
@@ -173,7 +195,8 @@ def _get(lib: Library, self: Any, name: str) -> Any:
     if name in lib.script:
         script = lib.script[name]
         return script(self) if callable(script) else script
-    return self.__dict__.get(f"={name}", PROPERTIES.get(name))
+    usual = PROPERTIES.get(name)
+    return self.__dict__.get(f"={name}", usual(self) if callable(usual) else usual)
 
 
 def _set(lib: Library, self: Any, name: str, value: Any) -> None:
@@ -233,9 +256,49 @@ def _plausible(lib: Library, returns: str) -> Any:
     return [] if returns.startswith("list[") else values.get(returns)
 
 
+def header(lib: Any, algorithm: str) -> str:
+    """First line of a calibration cache that ``lib`` takes."""
+    major, minor, patch = map(int, lib.__version__.split(".")[:3])
+    return f"TRT-{(major * 100 + minor) * 100 + patch if major > 9 else major * 1000 + minor * 100 + patch}-{algorithm}"
+
+
+def calibrate(lib: Any, calibrator: Any) -> bool:
+    """Use a calibrator as TensorRT does: its cache if that fits, else batches until there are none -> any scales?
+
+    An exception in there ends the batches, and nobody hears of it. A test may look at each batch:
+    ``lib.script["batch"]`` gets its addresses, or says by False that there are enough.
+    """
+    entropy = isinstance(calibrator, lib.IInt8EntropyCalibrator2)
+    head = header(lib, "EntropyCalibration2" if entropy else "MinMaxCalibration").encode()
+    given = calibrator.read_calibration_cache()
+    if given is not None and bytes(given).partition(b"\n")[0] == head:
+        calibrator.write_calibration_cache(memoryview(given))
+        return True
+    batches = 0
+    while addresses := _swallow(calibrator.get_batch, ["input"]):
+        batches += 1
+        if lib.script.get("batch", lambda addresses: True)(addresses) is False:
+            break
+    if batches:
+        calibrator.write_calibration_cache(memoryview(head + b"\ninput: 3c000000\n"))
+    else:
+        lib.say("ERROR", "Calibration failure occurred with no scaling factors detected.")
+    return batches > 0
+
+
+def _swallow(call: Any, *args: Any) -> Any:
+    try:
+        return call(*args)
+    except Exception:
+        return None
+
+
 def _build(builder: Any, network: Any, config: Any) -> Any:
-    """A build of three steps; None where the progress monitor ends it."""
+    """A build of three steps; None where the progress monitor ends it, or calibration fails."""
     lib = builder.lib
+    calibrator = getattr(config, "int8_calibrator", None)
+    if calibrator is not None and not calibrate(lib, calibrator):
+        return None
     if monitor := getattr(config, "progress_monitor", None):
         monitor.phase_start("Building", None, 3)
         for step in range(3):

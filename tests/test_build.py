@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import platform
 import sys
@@ -10,12 +11,14 @@ import numpy as np
 import onnxruntime
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 import edgeres
-from edgeres import graph
+from edgeres import graph, progress
 from edgeres.build import RECORD, Engine, build
 from edgeres.calibrate import calibrate
 from edgeres.cli import cli
+from edgeres.devices import Gpu
 from edgeres.errors import InputError, MissingDependency, StaleError
 from edgeres.files import sha256_file
 from edgeres.fp16 import fp16
@@ -95,19 +98,98 @@ def test_an_engine_folder_may_be_moved(engine: Engine, tmp_path: Path) -> None:
     assert Engine.load(folder).path == folder / "engine.onnx"
 
 
-@pytest.mark.parametrize("change", ["edited", "truncated", "swapped"])
+@pytest.mark.parametrize("change", ["edited", "longer", "swapped"])
 def test_an_engine_that_is_not_the_one_built_is_refused(engine: Engine, typed: dict[str, Path], change: str) -> None:
     content = bytearray(engine.path.read_bytes())
     if change == "edited":
         content[len(content) // 2] ^= 1
-    elif change == "truncated":
-        del content[-1:]
+    elif change == "longer":
+        content += b"x"
     else:
         content[:] = typed["fp32"].read_bytes()
     engine.path.write_bytes(content)
     with pytest.raises(StaleError, match="is not the file that was built") as caught:
         Engine.load(engine.path.parent)
     assert engine.record["sha256"][:12] in caught.value.evidence
+
+
+@pytest.mark.parametrize("left", [0, 1000])
+def test_an_engine_that_was_cut_short_is_called_so(engine: Engine, left: int) -> None:
+    engine.path.write_bytes(engine.path.read_bytes()[:left])
+    with pytest.raises(StaleError, match="is cut short") as caught:
+        Engine.load(engine.path.parent)
+    assert f"{left:,} of {engine.record['size_bytes']:,} bytes" in caught.value.evidence
+
+
+def plan(executor: str = "tensorrt", **options: object) -> Engine:
+    on = {"name": "Orin", "capability": "8.7"}
+    built = {"tensorrt": "10.3.0", "tensorrt-rtx": "1.7.1.116", "gpu": on}
+    record = {"executor": executor, "precision": "int8", "target": "jetson-agx-orin", "options": options}
+    return Engine(Path("engine.plan"), {**record, "built_with": built})
+
+
+@pytest.mark.parametrize(
+    ("version", "compatible", "loads"),
+    [
+        ("10.3.0", False, True),
+        ("10.3.1", False, False),
+        ("10.3.1", True, True),
+        ("10.13.3.9", True, True),
+        ("10.2.0", True, False),
+        ("11.0.0", True, False),
+        ("8.6.1", True, False),
+    ],
+)
+def test_a_plan_is_for_its_version_or_later_ones_if_built_so(version: str, compatible: bool, loads: bool) -> None:
+    engine = plan(version_compatible=compatible)
+    if loads:
+        engine.check_version(version)
+        return
+    with pytest.raises(StaleError, match=r"is for tensorrt 10\.3\.0") as caught:
+        engine.check_version(version)
+    assert version in caught.value.evidence
+    assert "edgeres build-engine --precision int8 --target jetson-agx-orin" in caught.value.hint
+    assert ("version_compatible" in caught.value.hint) is not compatible
+
+
+@pytest.mark.parametrize(
+    ("executor", "options", "capability", "fits"),
+    [
+        ("tensorrt", {"hardware": "none"}, "8.7", True),
+        ("tensorrt", {"hardware": "none"}, "8.6", False),
+        ("tensorrt", {"hardware": "ampere-plus"}, "12.0", True),
+        ("tensorrt", {"hardware": "ampere-plus"}, "7.5", False),
+        ("tensorrt", {"hardware": "same-compute-capability"}, "8.7", True),
+        ("tensorrt", {"hardware": "same-compute-capability"}, "8.9", False),
+        ("tensorrt-rtx", {"capabilities": ["8.6", "8.9"]}, "8.9", True),
+        ("tensorrt-rtx", {"capabilities": ["8.6", "8.9"]}, "12.0", False),
+        ("tensorrt-rtx", {"capabilities": []}, "12.0", True),
+        ("tensorrt-rtx", {"capabilities": []}, "7.5", False),
+    ],
+)
+def test_a_plan_is_for_the_gpus_it_was_built_for(
+    executor: str, options: dict[str, object], capability: str, fits: bool
+) -> None:
+    engine, gpu = plan(executor, **options), Gpu("Orin", capability, 1 << 33, True)
+    if fits:
+        engine.check_gpu([gpu])
+        return
+    with pytest.raises(StaleError, match="is for compute capability") as caught:
+        engine.check_gpu([gpu])
+    assert capability in caught.value.evidence
+
+
+def test_another_model_of_gpu_is_noted() -> None:
+    out = Console(file=io.StringIO(), width=200)
+    with progress.to(out):
+        plan(hardware="none").check_gpu([Gpu("Orin Nano", "8.7", 1 << 33, True)])
+        plan(hardware="none").check_gpu([Gpu("Orin", "8.7", 1 << 33, True)])
+    assert out.file.getvalue().count("was built on Orin; built again for this Orin Nano") == 1  # type: ignore[attr-defined]
+
+
+def test_what_cannot_be_known_is_no_obstacle() -> None:
+    plan().check_gpu([])
+    Engine(Path("engine.onnx"), {"executor": "onnxruntime", "built_with": {}}).check_gpu([Gpu("a", "7.5", 1, False)])
 
 
 def test_a_missing_engine_file_is_named(engine: Engine) -> None:
@@ -244,19 +326,12 @@ def test_a_plan_is_built_without_a_gpu_and_its_record_says_how(workspace: Path, 
 def test_an_engine_that_cannot_be_looked_into_here_says_so(
     workspace: Path, tiny_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise MissingDependency("this needs one of the packages pycuda, cuda-python")
 
-    monkeypatch.setattr(TensorRt, "audit", refuse)
+    monkeypatch.setattr(TensorRt, "examine", refuse)
     result = CliRunner().invoke(
         cli, ["build-engine", "--model", str(tiny_path), "--target", "rtx", "--precision", "fp32"]
     )
     assert result.exit_code == 0, result.stderr
     assert "note: what the engine runs in was not looked at: this needs one of the packages" in result.stderr
-
-
-def test_no_engine_for_dla_yet_but_what_to_do(workspace: Path, tiny_path: Path) -> None:
-    result = CliRunner().invoke(cli, ["build-engine", "--model", str(tiny_path), "--target", "jetson-agx-orin-dla"])
-    assert result.exit_code == 2
-    assert "edgeres builds no engine for jetson-agx-orin-dla yet" in result.stderr
-    assert "model.cache" in result.stderr

@@ -27,7 +27,7 @@ from rich.console import Console
 
 import edgeres
 from edgeres import calibrate as calibration
-from edgeres import graph, pipeline, probe, progress
+from edgeres import graph, probe, progress, ranges
 from edgeres.calibrate import BINS, RangeTable, TensorRange, calibrate
 from edgeres.counting import PIECE, SMALLEST
 from edgeres.data import ImageSet
@@ -630,11 +630,11 @@ def test_a_partial_table_is_saved_every_few_seconds(
 
 def test_the_command_resumes_too(workspace: Path, tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job(load_recipe(workspace), workspace, tiny_path)
-    monkeypatch.setattr(pipeline, "BATCH", 8)
-    pipeline.calibrate_model(job, workspace / "whole.json")
-    interrupt(2, pipeline.calibrate_model, job, workspace / "t.json")
+    monkeypatch.setattr(ranges, "BATCH", 8)
+    ranges.calibrate_model(job, workspace / "whole.json")
+    interrupt(2, ranges.calibrate_model, job, workspace / "t.json")
     assert not (workspace / "t.json").exists()
-    path, said = heard(lambda: pipeline.calibrate_model(job, workspace / "t.json"))
+    path, said = heard(lambda: ranges.calibrate_model(job, workspace / "t.json"))
     assert "resume at image 16\n" in said
     assert path.read_bytes() == (workspace / "whole.json").read_bytes()
     assert sorted(p.name for p in workspace.glob("t.json*")) == ["t.json"]

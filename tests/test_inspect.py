@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -262,7 +264,9 @@ def test_another_kind_of_file_is_wrong_usage(tmp_path: Path, name: str) -> None:
     assert "engine folder" in caught.value.hint
 
 
-@pytest.mark.parametrize("content", ["{}", '{"format": "edgeres result 1"}', '{"format": null}'])
+@pytest.mark.parametrize(
+    "content", ["{}", '{"format": "edgeres result 1"}', '{"format": null}', "7", '"Layers"', "null"]
+)
 def test_another_json_file_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(InputError, match="is no range table"):
@@ -279,3 +283,162 @@ def test_a_damaged_onnx_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.onnx").write_bytes(b"\x08")
     with pytest.raises(InputError, match="is not a valid ONNX file"):
         artifact(tmp_path / "x.onnx")
+
+
+def layers() -> list[dict[str, Any]]:
+    """A convolution, one with a residual add, and FP32 pooling, as TensorRT 10 tells them."""
+    words = {"int8": "Thirty-two wide channel vectorized row major Int8 format", "fp32": "Row major linear FP32"}
+
+    def layer(name: str, kind: str, reads: list[tuple[str, str]], writes: tuple[str, str]) -> dict[str, Any]:
+        inputs, outputs = (
+            [{"Name": n, "Dimensions": [8, 64, 56, 56], "Format/Datatype": words[t]} for n, t in tensors]
+            for tensors in (reads, [writes])
+        )
+        return {"Name": name, "LayerType": kind, "Inputs": inputs, "Outputs": outputs}
+
+    x, y, z = ("x", "int8"), ("y", "int8"), ("z", "fp32")
+    long = "layer1.0.conv3.weight + layer1.0.conv3 + layer1.0.add + layer1.0.relu3"
+    return [
+        layer("conv1.weight + conv1 + relu", "CaskConvolution", [x], y),
+        layer(long, "CaskConvolution", [y, x], z),
+        layer("nothing", "NoOp", [z], z),
+        layer("[avgpool]", "CudaPooling", [z], ("p", "fp32")),
+    ]
+
+
+PROFILE = [
+    {"count": 20},
+    {"name": "conv1.weight + conv1 + relu", "timeMs": 2, "averageMs": 0.1, "medianMs": 0.25, "percentage": 25},
+    {"name": "[avgpool]", "timeMs": 2, "averageMs": 0.1, "medianMs": 0.75, "percentage": 75},
+]
+
+
+def written(path: Path, value: Any) -> Path:
+    path.write_text(json.dumps(value), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_layers_of_trtexec_are_audited_at_the_lowest_precision(tmp_path: Path, alone: bool) -> None:
+    path = written(tmp_path / "layers.json", layers() if alone else {"Layers": layers(), "Bindings": ["x"]})
+    value, shown = artifact(path)
+    assert (value["precision"], value["convolutions"], value["in_and_out"], value["adds_fused"]) == ("int8", 2, 1, 1)
+    assert value["fp32"] == ["layer1.0.conv3 + layer1.0.add + layer1.0.relu3", "[avgpool]"]
+    lines = text(shown).splitlines()
+    assert lines[:3] == [
+        str(path),
+        "1 of 2 convolutions INT8 in and out; 1 of 1 residual add fused; 0 reformats; "
+        "FP32: layer1.0.conv3 + layer1.0.add + layer1.0.relu3, [avgpool]",
+        "convolutions INT8 in only: layer1.0.conv3 + layer1.0.add + layer1.0.relu3",
+    ]
+    assert [line.split("  ")[0] for line in lines[4:]] == [
+        "layer",
+        "conv1 + relu",
+        "layer1.0.conv3 + layer1.0.add + layer1.0.relu3",
+        "[avgpool]",
+    ]
+    to_json(value)
+
+
+def test_a_profile_puts_the_slowest_layer_first(tmp_path: Path) -> None:
+    path, profile = written(tmp_path / "layers.json", layers()), written(tmp_path / "profile.json", PROFILE)
+    value, shown = artifact(path, profile)
+    assert value["total_ms"] == 1
+    rows = text(shown).splitlines()
+    assert "1.000 ms in all layers, one after the other" in rows
+    table = [line.split("  ") for line in rows[rows.index("") + 1 :]]
+    assert [[cell.strip() for cell in row if cell] for row in table] == [
+        ["layer", "kind", "in -> out", "ms", "%"],
+        ["[avgpool]", "pooling", "FP32 -> FP32", "0.750", "75.0"],
+        ["conv1 + relu", "convolution", "INT8 -> INT8", "0.250", "25.0"],
+        ["layer1.0.conv3 + layer1.0.add + layer1.0.relu3", "convolution, add", "INT8 -> FP32"],
+    ]
+
+
+def test_a_profile_is_read_from_the_median_of_each_layer(tmp_path: Path) -> None:
+    path, profile = written(tmp_path / "layers.json", ["a", "b"]), written(tmp_path / "p.json", PROFILE[:2])
+    value, shown = artifact(path, profile)
+    assert value["total_ms"] == 0.25
+    assert [row["name"] for row in value["layers"]] == ["a", "b", "conv1.weight + conv1 + relu"]
+    assert "the plan holds the names of its layers, not what they run in" in text(shown)
+    assert text(shown).count("not known") == 3
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_an_audit_fits_80_columns(tmp_path: Path, timed: bool) -> None:
+    wide = layers()
+    wide[1]["Inputs"][1]["Format/Datatype"] = "Channel major FP16 format where channel % 8 == 0"
+    wide[1]["Name"] = " + ".join(f"layer1.{i}.conv1" for i in range(9))
+    path, profile = written(tmp_path / "layers.json", wide), written(tmp_path / "profile.json", PROFILE)
+    lines = text(artifact(path, profile if timed else None)[1], 80).splitlines()
+    table = lines[lines.index("") + 1 :]
+    assert len(table) == 4  # no row goes on below itself
+    assert max(map(len, lines)) <= 80
+    assert all(line == line.rstrip() for line in lines)
+    (long,) = (line for line in table if "…" in line)
+    assert "…  convolution, add  INT8,FP16 -> FP32" in long
+
+
+@pytest.fixture
+def examined(engine: Engine) -> Path:
+    """An engine with what was written down of its layers when it was built."""
+    kept = {"sha256": engine.record["sha256"], "layers": layers(), "times_ms": {"[avgpool]": 0.5}}
+    return written(engine.path.parent / "layers.json", {**kept, "convolutions": 53, "residuals": 16})
+
+
+def test_an_engine_whose_layers_are_known_shows_its_audit(engine: Engine, examined: Path) -> None:
+    value, shown = artifact(engine.path.parent)
+    assert {k: v for k, v in value.items() if k != "audit"} == engine.record
+    found = value["audit"]
+    assert (found["precision"], found["graph_convolutions"], found["graph_adds"]) == ("fp32", 53, 16)
+    assert (found["in_and_out"], found["total_ms"]) == (0, 0.5)
+    lines = text(shown).splitlines()
+    assert lines[0] == f"engine {engine.path.parent}"
+    assert any(line.split() == ["sha256", engine.record["sha256"]] for line in lines)
+    assert "fusion" not in lines
+    assert lines[lines.index("fused to") + 1].startswith("0 of 53 convolutions FP32 in and out; 1 of 16 residual adds")
+    to_json(value)
+
+
+def test_a_profile_goes_before_what_was_measured_at_the_build(engine: Engine, examined: Path, tmp_path: Path) -> None:
+    profile = written(tmp_path / "profile.json", PROFILE)
+    assert artifact(engine.path.parent, profile)[0]["audit"]["total_ms"] == 1
+
+
+def test_layers_of_another_engine_are_refused(engine: Engine, examined: Path) -> None:
+    kept = json.loads(examined.read_text())
+    written(examined, {**kept, "sha256": "0" * 64})
+    with pytest.raises(StaleError, match="is of another engine"):
+        artifact(engine.path.parent)
+    del kept["sha256"]
+    written(examined, kept)
+    assert "audit" in artifact(engine.path.parent)[0]
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "{}", '{"layers": ["a"], "times_ms": 1}'])
+def test_damaged_layers_of_an_engine_are_refused(engine: Engine, examined: Path, content: str) -> None:
+    examined.write_text(content)
+    with pytest.raises(InputError, match="layers"):
+        artifact(engine.path.parent)
+
+
+def test_a_profile_without_layers_is_wrong_usage(
+    engine: Engine, tiny_path: Path, table_path: Path, tmp_path: Path
+) -> None:
+    profile = written(tmp_path / "profile.json", PROFILE)
+    for path in (tiny_path, table_path, tmp_path / "none"):
+        with pytest.raises(UsageError, match="has no layers that a profile belongs to"):
+            artifact(path, profile)
+    with pytest.raises(UsageError, match=r"the layers of .* are not known") as error:
+        artifact(engine.path.parent, profile)
+    assert "layers.json" in error.value.evidence
+
+
+def test_what_is_no_profile_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "layers.json", layers())
+    with pytest.raises(InputError, match=r"layers\.json holds no times of layers"):
+        artifact(path, path)
+    with pytest.raises(InputError, match=r"cannot read .*none\.json"):
+        artifact(path, tmp_path / "none.json")
+    with pytest.raises(InputError, match=r"profile\.json holds no layers"):
+        artifact(written(tmp_path / "profile.json", PROFILE))

@@ -12,7 +12,7 @@ from onnx import numpy_helper
 from PIL import Image
 from rich.console import Console
 
-from edgeres import graph, pipeline, progress
+from edgeres import graph, pipeline, progress, ranges, typed
 from edgeres.build import Engine
 from edgeres.calibrate import RangeTable
 from edgeres.errors import BuildError, EdgeresError, InputError, UsageError
@@ -54,7 +54,7 @@ CASES = [
 
 @pytest.mark.parametrize(("target", "precision", "kind"), CASES)
 def test_every_target_precision_and_interface(make: Make, target: str, precision: str, kind: str) -> None:
-    path = pipeline.quantize_model(make(engine__target=target, engine__precision=precision, engine__io=kind))
+    path = typed.quantize_model(make(engine__target=target, engine__precision=precision, engine__io=kind))
     model = graph.load(path)
     made = graph.metadata(model)
     assert (made["precision"], made["io"]) == (precision, kind)
@@ -76,14 +76,14 @@ def test_every_target_precision_and_interface(make: Make, target: str, precision
 def test_a_calibration_cache_is_for_the_fp32_interface(make: Make, kind: str) -> None:
     job = make(engine__target="jetson-agx-orin-dla", engine__io=kind)
     with pytest.raises(UsageError, match="--io fp32 only"):
-        pipeline.quantize_model(job)
+        typed.quantize_model(job)
     assert not job.folder.exists()
 
 
 def test_fidelity_is_that_of_the_file_written(make: Make, tiny: Any) -> None:
     job = make(engine__target="desktop")
-    written = graph.load(pipeline.quantize_model(job))
-    held = pipeline.held_out(job, tiny)
+    written = graph.load(typed.quantize_model(job))
+    held = typed.held_out(job, tiny)
     assert held is not None
     assert graph.metadata(written)["chosen"]["held_out"] == vars(held.fidelity(written))
 
@@ -94,10 +94,10 @@ def test_an_fp16_rest_that_breaks_the_model_is_refused(make: Make, monkeypatch: 
         last.CopyFrom(numpy_helper.from_array(1e9 * np.ones(last.dims, np.float32), last.name))
         return model
 
-    monkeypatch.setattr(pipeline, "fp16", broken)
+    monkeypatch.setattr(typed, "fp16", broken)
     job = make(engine__target="desktop")
     with pytest.raises(BuildError, match="with the rest in FP16, INT8 does not hold"):
-        pipeline.quantize_model(job)
+        typed.quantize_model(job)
     assert not (job.folder / "model.onnx").exists()
 
 
@@ -112,74 +112,74 @@ def test_engines_of_every_interface_are_as_faithful(make: Make, kind: str) -> No
 def test_held_out_images_are_not_calibration_images(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgeres.tune.HELD_OUT", 16)
     seen: list[Any] = []
-    monkeypatch.setattr(pipeline, "Loader", lambda images, *rest, **kwargs: seen.append(images) or [])
+    monkeypatch.setattr(typed, "Loader", lambda images, *rest, **kwargs: seen.append(images) or [])
     monkeypatch.setattr("edgeres.tune.Held", lambda model, batches: batches)
     job = make(calibration__limit=12)
-    _, said = told(pipeline.held_out, job, graph.load(job.fp32))
+    _, said = told(typed.held_out, job, graph.load(job.fp32))
     (held,) = seen
     assert (len(held), said) == (16, "")
-    assert not {*held.paths} & {*pipeline.calibration_images(job).paths}
+    assert not {*held.paths} & {*ranges.calibration_images(job).paths}
 
 
 def test_a_set_with_none_to_spare_is_said(make: Make) -> None:
     job = make()
-    held, said = told(pipeline.held_out, job, graph.load(job.fp32))
+    held, said = told(typed.held_out, job, graph.load(job.fp32))
     assert said == "fidelity is measured on calibration images: the set has only 32\n"
     assert len(held.reference) == 32
 
 
 def test_what_is_asked_again_is_up_to_date_and_what_changes_is_made_anew(make: Make) -> None:
-    path, said = told(pipeline.quantize_model, make())
+    path, said = told(typed.quantize_model, make())
     assert f"wrote engines/out/tiny-int8-cpu/{path.name}: int8, mse, scheme onnxruntime: " in said
     before = path.read_bytes()
-    _, said = told(pipeline.quantize_model, make())
+    _, said = told(typed.quantize_model, make())
     assert said == "engines/out/tiny-int8-cpu/model.onnx is up to date\n"
     for change in ({"calibration__method": "minmax"}, {"engine__io": "uint8"}, {"calibration__equalize": False}):
-        path, said = told(pipeline.quantize_model, make(**change))
+        path, said = told(typed.quantize_model, make(**change))
         assert "wrote" in said
         assert path.read_bytes() != before
-    path, said = told(pipeline.quantize_model, make())
+    path, said = told(typed.quantize_model, make())
     assert path.read_bytes() == before
 
 
 def test_without_equalize_a_table_has_no_factors_and_the_old_one_is_stale(make: Make) -> None:
     job = make()
-    pipeline.quantize_model(job)
+    typed.quantize_model(job)
     assert RangeTable.load(job.table).exponents
-    _, said = told(pipeline.quantize_model, make(calibration__equalize=False))
+    _, said = told(typed.quantize_model, make(calibration__equalize=False))
     assert "(its channels are evened out, and are to be as they are)" in said
     assert RangeTable.load(job.table).exponents == {}
 
 
 def test_a_lost_calibration_cache_is_made_anew(make: Make) -> None:
     job = make(engine__target="jetson-agx-orin-dla")
-    cache = pipeline.quantize_model(job).with_suffix(".cache")
+    cache = typed.quantize_model(job).with_suffix(".cache")
     text = cache.read_text()
     assert text.startswith("TRT-")
     cache.unlink()
-    pipeline.quantize_model(job)
+    typed.quantize_model(job)
     assert cache.read_text() == text
 
 
 def test_auto_needs_images(make: Make, tmp_path: Path) -> None:
-    table = shutil.copy(pipeline.calibrate_model(make()), tmp_path / "table.json")
+    table = shutil.copy(ranges.calibrate_model(make()), tmp_path / "table.json")
     job = make(calibration__images=str(table), calibration__method="auto")
     with pytest.raises(UsageError, match="auto measures fidelity on images") as caught:
-        pipeline.quantize_model(job)
+        typed.quantize_model(job)
     assert "--method mse" in caught.value.hint
-    path = pipeline.quantize_model(make(calibration__images=str(table)))
+    path = typed.quantize_model(make(calibration__images=str(table)))
     assert graph.metadata(graph.load(path))["chosen"]["tried"] == {}
 
 
 def test_auto_records_every_method(make: Make) -> None:
-    chosen = graph.metadata(graph.load(pipeline.quantize_model(make(calibration__method="auto"))))["chosen"]
+    chosen = graph.metadata(graph.load(typed.quantize_model(make(calibration__method="auto"))))["chosen"]
     assert next(iter(chosen["tried"])) == chosen["method"]
     assert len(chosen["tried"]) == 6
 
 
 def test_fp16_without_images_says_what_was_not_checked(workspace: Path, make: Make) -> None:
     (workspace / "edgeres.toml").write_text("", encoding="utf-8")
-    _, said = told(pipeline.quantize_model, make(engine__precision="fp16"))
+    _, said = told(typed.quantize_model, make(engine__precision="fp16"))
     assert "activations not checked for FP16 overflow" in said
     assert "--calibration" in said
 
@@ -193,17 +193,17 @@ def test_a_target_that_cannot_be_built_here_is_refused_at_once(make: Make, monke
 
 
 def test_a_quantized_model_is_not_quantized_again(make: Make, workspace: Path) -> None:
-    path = pipeline.quantize_model(make())
+    path = typed.quantize_model(make())
     job = Job(load_recipe(workspace), workspace, model=path)
     with pytest.raises(InputError, match="is not an FP32 model made by edgeres") as caught:
-        pipeline.quantize_model(job)
+        typed.quantize_model(job)
     assert "precision int8" in caught.value.evidence
 
 
 def test_one_image_is_enough_and_is_said_to_tell_nothing(make: Make, tmp_path: Path, train_folder: Path) -> None:
     (tmp_path / "one" / "a").mkdir(parents=True)
     shutil.copy(train_folder / "class0" / "0.png", tmp_path / "one" / "a")
-    path, said = told(pipeline.quantize_model, make(calibration__images=str(tmp_path / "one")))
+    path, said = told(typed.quantize_model, make(calibration__images=str(tmp_path / "one")))
     assert "one calibration image tells nothing about ranges" in said
     assert graph.metadata(graph.load(path))["quantization"]["images"] == 1
 
@@ -212,11 +212,11 @@ def test_gray_images_and_an_empty_set(make: Make, tmp_path: Path) -> None:
     for i in range(3):
         (tmp_path / "gray" / "a").mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((40, 50), 60 * i, np.uint8)).save(tmp_path / "gray" / "a" / f"{i}.png")
-    path = pipeline.quantize_model(make(calibration__images=str(tmp_path / "gray")))
+    path = typed.quantize_model(make(calibration__images=str(tmp_path / "gray")))
     assert graph.metadata(graph.load(path))["quantization"]["images"] == 3
     (tmp_path / "empty").mkdir()
     with pytest.raises(EdgeresError, match="no images in"):
-        pipeline.quantize_model(make(calibration__images=str(tmp_path / "empty")))
+        typed.quantize_model(make(calibration__images=str(tmp_path / "empty")))
 
 
 def test_the_engine_record_says_how_it_was_chosen(make: Make) -> None:

@@ -12,17 +12,18 @@ import torch
 from conftest import batch, measure, tiny_resnet
 from onnx import TensorProto, helper, numpy_helper
 
-from edgeres import graph
+from edgeres import graph, pipeline
 from edgeres.calibrate import RangeTable, TensorRange
-from edgeres.errors import InputError, StaleError
+from edgeres.errors import InputError, StaleError, UsageError
 from edgeres.export import export_onnx, trace
 from edgeres.fidelity import decibels, squares
+from edgeres.job import Job
 from edgeres.loader import Batch
 from edgeres.model import resnet50
 from edgeres.quantize import SCHEMES, int8, quantize_weight
-from edgeres.recipe import Preprocess
+from edgeres.recipe import Preprocess, load_recipe
 from edgeres.runners.onnxruntime import audit
-from edgeres.thresholds import METHODS
+from edgeres.thresholds import METHODS, WEIGHTS
 
 SCHEME = SCHEMES["onnxruntime"]
 NARROW = replace(SCHEME, weight_bits=7)
@@ -39,6 +40,19 @@ def logits(model: Any, pixels: np.ndarray, *, optimize: bool = True) -> np.ndarr
 @pytest.fixture(scope="module")
 def quantized(tiny: Any, table: RangeTable) -> Any:
     return int8(tiny, table, SCHEME, "minmax")
+
+
+@pytest.fixture(scope="module")
+def heavy(tiny_path: Path) -> tuple[Any, RangeTable]:
+    """The tiny network with weights of a heavy-tailed distribution, and its range table."""
+    model = graph.load(tiny_path)
+    rng = np.random.default_rng(5)
+    for tensor in model.graph.initializer:
+        weight = numpy_helper.to_array(tensor)
+        if weight.ndim > 1:
+            tails = rng.standard_t(2.5, weight.shape) * weight.std()
+            tensor.CopyFrom(numpy_helper.from_array(tails.astype(np.float32), tensor.name))
+    return model, measure(model, batch(16))
 
 
 def producer(model: Any, name: str) -> Any:
@@ -193,31 +207,104 @@ def test_seven_weight_bits_stay_within_64(tiny: Any, table: RangeTable) -> None:
 
 def test_a_channel_of_zeros_gets_scale_1() -> None:
     weight = np.asarray([[0, 0], [1, -0.5]], np.float32)
-    integers, scale = quantize_weight(weight, 8, np.zeros(2, np.float32), np.float32(0.02))
+    integers, scale = quantize_weight(weight, SCHEME, np.zeros(2, np.float32), np.float32(0.02))
     np.testing.assert_array_equal(integers, [[0, 0], [127, -64]])
     assert scale[0] == 1
     assert scale[1] == np.float32(1) / 127
 
 
+@pytest.mark.parametrize("rule", WEIGHTS)
 @pytest.mark.parametrize("bias", [100.0, -100.0, 1e-3])
 @pytest.mark.parametrize("weight", [0.0, 1e-9])
-def test_a_huge_bias_on_a_tiny_channel_fits_int32(weight: float, bias: float) -> None:
-    x_scale = np.float32(0.02)
-    integers, scale = quantize_weight(np.full((1, 4), weight, np.float32), 8, np.asarray([bias], np.float32), x_scale)
+def test_a_huge_bias_on_a_tiny_channel_fits_int32(weight: float, bias: float, rule: str) -> None:
+    x_scale, scheme = np.float32(0.02), replace(SCHEME, weights=rule)
+    integers, scale = quantize_weight(
+        np.full((1, 4), weight, np.float32), scheme, np.asarray([bias], np.float32), x_scale
+    )
     whole = np.rint(np.float64(bias) / (np.float64(x_scale) * scale[0]))
     assert abs(whole) <= 2**30 * 1.0001
     assert np.abs(integers * scale - weight).max() <= scale[0] / 2
     assert whole * x_scale * scale[0] == pytest.approx(bias, rel=1e-6)
 
 
+@pytest.mark.parametrize("rule", WEIGHTS)
 @pytest.mark.parametrize("weight", [1e-45, 1e-38, 2e-37, 1e-30])
 @pytest.mark.parametrize("x_scale", [1e-20, 1e-12, 0.02, 50.0])
-def test_a_vanishing_channel_never_divides_by_zero(weight: float, x_scale: float) -> None:
-    bias = np.asarray([0.0], np.float32)
-    integers, scale = quantize_weight(np.full((1, 4), weight, np.float32), 8, bias, np.float32(x_scale))
+def test_a_vanishing_channel_never_divides_by_zero(weight: float, x_scale: float, rule: str) -> None:
+    bias, scheme = np.asarray([0.0], np.float32), replace(SCHEME, weights=rule)
+    integers, scale = quantize_weight(np.full((1, 4), weight, np.float32), scheme, bias, np.float32(x_scale))
     assert np.float32(x_scale) * scale[0] >= np.finfo(np.float32).tiny
     assert np.isfinite(bias / (np.float32(x_scale) * scale)).all()
     assert np.abs(integers).max() in (0, 127)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("onnxruntime", 8), ("onnxruntime", 7), ("openvino", 8), ("tensorrt", 8)])
+def test_mse_scales_restore_every_channel_at_least_as_well(heavy: Any, name: str, bits: int) -> None:
+    model, table = heavy
+    schemes = [replace(SCHEMES[name], weights=rule, weight_bits=bits, rest="fp32") for rule in ("absmax", "mse")]
+    plain, best = (graph.initializers(int8(model, table, s, "minmax")) for s in schemes)
+    weights, gained = graph.initializers(model), 0
+    for layer in (n for n in model.graph.node if n.op_type in graph.LAYERS):
+        weight = weights[layer.input[1]].reshape(len(weights[layer.input[1]]), -1).astype(np.float64)
+        errors = []
+        for constants in (plain, best):
+            scale = constants[f"{layer.input[1]}.scale"].astype(np.float64)[:, None]
+            integers = np.clip(np.rint(weight / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+            if schemes[0].int8_weights:
+                np.testing.assert_array_equal(constants[f"{layer.input[1]}.int"].reshape(weight.shape), integers)
+            errors.append(np.square(integers * scale - weight).sum(1))
+        assert (errors[1] <= errors[0] * 1.001).all()
+        gained += (errors[1] < 0.9 * errors[0]).sum()
+    assert gained > 20
+
+
+def test_mse_scales_keep_biases_at_the_product_of_the_scales(heavy: Any) -> None:
+    model, table = heavy
+    quantized = int8(model, table, replace(SCHEME, weights="mse"), "minmax")
+    activations, constants = quantizers(quantized), graph.initializers(model)
+    for node in quantized.graph.node:
+        if node.op_type in graph.LAYERS:
+            data, weight, bias = node.input
+            integers, scale, _, _ = dequantized(quantized, bias)
+            x_scale, _ = activations[data.removesuffix(".dq")]
+            np.testing.assert_array_equal(scale, x_scale * dequantized(quantized, weight)[1])
+            error = np.abs(integers * scale.astype(np.float64) - constants[bias.removesuffix(".dq")])
+            assert (error <= scale * 0.5001).all()
+
+
+@pytest.mark.parametrize("bits", [8, 7])
+def test_mse_scales_of_heavy_tailed_weights_are_more_faithful(heavy: Any, bits: int) -> None:
+    model, table = heavy
+    pixels = batch(16).pixels
+    reference = logits(model, pixels)
+    schemes = [replace(SCHEME, weights=rule, weight_bits=bits) for rule in ("absmax", "mse")]
+    plain, best = (logits(int8(model, table, s, "minmax"), pixels, optimize=False) for s in schemes)
+    assert decibels(*squares(reference, best)) > decibels(*squares(reference, plain)) + 1
+
+
+def test_a_rule_for_weights_is_recorded_and_another_one_quantizes_anew(workspace: Path, tiny_path: Path) -> None:
+    models = []
+    for rule in (*WEIGHTS, "absmax"):
+        recipe = load_recipe(workspace, flags={"calibration": {"weights": rule}})
+        path = pipeline.quantize_model(Job(recipe, workspace, tiny_path))
+        models.append(path.read_bytes())
+        assert graph.metadata(graph.load(path))["quantization"]["weights"] == rule
+    assert models[0] == models[2] != models[1]
+
+
+def test_a_rule_for_weights_that_tensorrt_quantizes_is_refused(workspace: Path, tiny_path: Path) -> None:
+    flags = {"calibration": {"weights": "mse"}, "engine": {"target": "jetson-agx-orin-dla"}}
+    job = Job(load_recipe(workspace, flags=flags), workspace, tiny_path)
+    with pytest.raises(UsageError, match="jetson-agx-orin-dla takes no --weight-scales mse") as caught:
+        pipeline.quantize_model(job)
+    assert "leave it out" in caught.value.hint
+    assert not job.folder.exists()
+
+
+def test_absmax_is_what_a_scheme_has_unless_told(tiny: Any, table: RangeTable, quantized: Any) -> None:
+    assert {s.weights for s in SCHEMES.values()} == {"absmax"}
+    other = int8(tiny, table, replace(SCHEME, weights="mse"), "minmax")
+    assert other.SerializeToString(deterministic=True) != quantized.SerializeToString(deterministic=True)
 
 
 def chain(rng: np.random.Generator, bias: np.ndarray) -> Any:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from edgeres.recipe import (
     from_dict,
     load_recipe,
     merge,
+    parse_setting,
     read_record,
 )
+from edgeres.trt import Options
 
 
 def write(path: Path, text: str) -> Path:
@@ -172,7 +175,9 @@ def test_bad_values_are_refused_with_file(tmp_path: Path, text: str, cause: str)
 def test_a_near_miss_is_suggested_for_a_value(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as error:
         load_recipe(tmp_path, write(tmp_path / "a.toml", '[calibration]\nmethod = "entropi"'))
-    choices = "minmax, entropy, percentile-99.9, percentile-99.99, percentile, mse, auto"
+    choices = (
+        "minmax, entropy, percentile-99.9, percentile-99.99, percentile, mse, auto, tensorrt-entropy, tensorrt-minmax"
+    )
     assert error.value.hint == f"did you mean 'entropy'? choose from: {choices}"
 
 
@@ -287,3 +292,43 @@ def test_without_a_workspace_the_start_is_it(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "edgeres.toml").mkdir()  # a folder of that name is none
     assert find_workspace(tmp_path) == tmp_path.resolve()
     assert find_workspace(Path("sub")) == tmp_path.resolve() / "sub"
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("tf32=true", "tf32", True),
+        ("tf32=false", "tf32", False),
+        ("level=4", "level", 4),
+        ("workspace=512", "workspace", 512.0),
+        ("workspace=0.5", "workspace", 0.5),
+        ("profile=1,2,4", "profile", (1, 2, 4)),
+        ("capabilities=8.6", "capabilities", ("8.6",)),
+        ("capabilities=8.6,12.0", "capabilities", ("8.6", "12.0")),
+        ("hardware=ampere-plus", "hardware", "ampere-plus"),
+    ],
+)
+def test_a_setting_is_read_as_its_type(text: str, key: str, value: object) -> None:
+    assert parse_setting(Options, text) == (key, value)
+    assert type(parse_setting(Options, text)[1]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("level=high", "'level' must be int, not 'high'"),
+        ("tf32=1", "'tf32' must be bool, not '1'"),
+        ("profile=1,b", "'profile' must be int, not 'b'"),
+        ("level", "'level' is no KEY=VALUE"),
+        ("timing_cache=x", "is no KEY=VALUE"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_refused(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        parse_setting(Options, text)
+
+
+def test_how_a_plan_is_built_is_kept_as_it_was_said(tmp_path: Path) -> None:
+    (tmp_path / "edgeres.toml").write_text("[build]\nlevel = 2\nprofile = [1, 2, 4]\n", encoding="utf-8")
+    recipe = load_recipe(tmp_path, flags={"build": {"level": 3}})
+    assert recipe.build == {"level": 3, "profile": [1, 2, 4]}

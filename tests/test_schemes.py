@@ -14,7 +14,7 @@ from conftest import batch, measure
 from onnx import helper, numpy_helper
 from test_quantize import logits, producer, quantizers
 
-from edgeres import graph
+from edgeres import calibration_cache, graph
 from edgeres.calibrate import RangeTable, TensorRange
 from edgeres.errors import InputError
 from edgeres.export import trace
@@ -23,7 +23,7 @@ from edgeres.lint import lint
 from edgeres.model import ResNet, resnet
 from edgeres.quantize import SCHEMES, Scheme, int8, magnitudes, pairs
 from edgeres.runners.onnxruntime import audit
-from edgeres.thresholds import METHODS
+from edgeres.thresholds import METHODS, WEIGHTS
 
 TENSORRT, OPENVINO, ONNXRUNTIME = SCHEMES["tensorrt"], SCHEMES["openvino"], SCHEMES["onnxruntime"]
 QDQ = ("QuantizeLinear", "DequantizeLinear")
@@ -319,10 +319,11 @@ def test_a_channel_of_zeros_gets_scale_1_in_the_graph(scheme: Scheme) -> None:
     np.testing.assert_array_equal(constants["w.scale"], np.asarray([1, 1 / 127], np.float32))
 
 
+@pytest.mark.parametrize("rule", WEIGHTS)
 @pytest.mark.parametrize("rest", ["fp32", "fp16"])
 @pytest.mark.parametrize("size", [0.0, 1e-45, 1e-39, 1e-30, 1e-6])
-def test_no_scale_is_subnormal_in_the_precision_of_the_rest(size: float, rest: str) -> None:
-    scheme = replace(TENSORRT, rest=rest)
+def test_no_scale_is_subnormal_in_the_precision_of_the_rest(size: float, rest: str, rule: str) -> None:
+    scheme = replace(TENSORRT, rest=rest, weights=rule)
     model = stem(np.asarray([[size, 0, 0], [size, size, 0]]))
     table = measure(model, batch(2, 4))
     faint = TensorRange()
@@ -343,3 +344,33 @@ def test_what_is_faint_but_there_keeps_as_many_steps_as_fp16_scales_allow() -> N
     assert scale == np.finfo(np.float16).tiny
     result = logits(int8(model, table, TENSORRT, "minmax"), pixels)
     assert decibels(*squares(logits(model, pixels), result)) > 15
+
+
+def test_a_cache_has_float32_scales_however_small() -> None:
+    model = stem(np.asarray([[1e-3, 0, 0], [0, 1e-3, 0]]))
+    table = measure(model, batch(4, 4))
+    scheme, r = SCHEMES["implicit"], table.tensors["c"]
+    faint = np.float32(max(-r.min, r.max) / 127)
+    assert faint < np.finfo(np.float16).tiny
+    assert calibration_cache.scales(model, table, "minmax")["c"] == faint
+    constants = graph.initializers(int8(model, table, scheme, "minmax"))
+    assert constants["c.scale"] == faint
+    np.testing.assert_array_equal(constants["w.scale"], np.full(2, 1e-3, np.float32) / 127)
+    assert (scheme.smallest, TENSORRT.smallest) == (np.finfo(np.float32).tiny, np.finfo(np.float16).tiny)
+
+
+def test_mse_scales_of_tensorrt_clip_where_absmax_does_not(resnet50: Net) -> None:
+    _, model, table = resnet50
+    scheme = replace(TENSORRT, weights="mse", rest="fp32")
+    quantized = int8(model, table, scheme, "minmax")
+    constants, before = graph.initializers(quantized), graph.initializers(model)
+    assert lint(quantized, scheme) == []
+    clipped = 0
+    for q in weight_pairs(quantized):
+        weight, scale, _ = (constants[name] for name in q.input)
+        np.testing.assert_array_equal(weight, before[q.input[0]])
+        steps = np.abs(weight.reshape(len(weight), -1)).max(1) / scale
+        assert (steps >= 126.99).all()
+        assert (steps <= 254.1).all()
+        clipped += (steps > 127.5).sum()
+    assert clipped > 1000

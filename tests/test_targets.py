@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 
@@ -27,8 +28,57 @@ def test_every_target_loads_and_runs_what_it_says(name: str) -> None:
         assert load_target(name, precision) == target
 
 
-def test_only_an_implicit_target_says_for_which_tensorrt_its_cache_is() -> None:
-    assert all((load_target(n).tensorrt is not None) == (load_target(n).scheme == "implicit") for n in names())
+JETSONS = [n for n in names() if n.startswith("jetson")]
+
+
+@pytest.mark.parametrize("name", JETSONS)
+def test_a_jetson_has_a_tensorrt_a_capability_and_where_they_are_known_from(name: str) -> None:
+    target = load_target(name)
+    assert target.executor == "tensorrt"
+    assert target.tensorrt
+    assert target.capability in ("7.2", "8.7", "11.0")
+    text = (Path(targets.__file__).parent / "targets" / f"{name}.toml").read_text(encoding="utf-8")
+    assert "developer.nvidia.com" in text or "documentation" in text
+    assert target.dla == name.endswith("-dla") == (target.build.dla_core == 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "scheme", "rest", "typed"),
+    [
+        ("desktop", None, "tensorrt", "fp16", True),
+        ("desktop", "8.6.1", "tensorrt", "fp32", False),
+        ("desktop", "10.0.1", "tensorrt", "fp16", True),
+        ("desktop-implicit", None, "implicit", "fp16", True),
+        ("jetson-agx-orin", None, "tensorrt", "fp16", True),
+        ("jetson-agx-orin", "8.6.2", "tensorrt", "fp32", False),
+        ("jetson-xavier-nx", None, "tensorrt", "fp32", False),
+        ("jetson-agx-thor", None, "tensorrt", "fp16", True),
+        ("jetson-agx-orin-dla", None, "implicit", "fp16", False),
+        ("jetson-agx-orin-dla", "8.6.2", "implicit", "fp16", False),
+        ("jetson-agx-orin-dla", "11.4.1", "tensorrt", "fp16", True),
+        ("rtx", None, "tensorrt", "fp16", True),
+    ],
+)
+def test_the_scheme_fits_the_version_of_tensorrt(
+    name: str, version: str | None, scheme: str, rest: str, typed: bool
+) -> None:
+    target = load_target(name, None, version)
+    found = scheme_for(target)
+    assert (found.name, found.rest, target.typed) == (scheme, rest, typed)
+    assert target.implicit == (scheme == "implicit")
+
+
+def test_options_of_a_build_win_over_those_of_the_target() -> None:
+    target = load_target("jetson-agx-orin-dla", build={"profile": [8, 8, 8], "max_fallback": 2})
+    assert (target.build.profile, target.build.max_fallback, target.build.dla_core) == ((8, 8, 8), 2, 0)
+    assert target.asked["profile"] == [8, 8, 8]
+    with pytest.raises(UsageError, match=r"unknown key 'level2' in \[build\]"):
+        load_target("desktop", build={"level2": 1})
+
+
+def test_options_of_a_build_are_nothing_to_a_cpu() -> None:
+    assert load_target("cpu", build={"level": 1}) == load_target("cpu")
+    assert load_target("cpu").asked == {}
 
 
 def test_an_unknown_target_is_refused_with_a_suggestion() -> None:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,10 @@ import pytest
 from fake_tensorrt import VERSIONS, fake
 
 from edgeres.errors import BuildError, InputError, UsageError
-from edgeres.runners import tensorrt
+from edgeres.fusion import audit
+from edgeres.runners import open_runner, tensorrt
 from edgeres.runners.cuda import Cuda
-from edgeres.runners.tensorrt import TensorRt, TensorRtRunner, fusion
+from edgeres.runners.tensorrt import TensorRt, TensorRtRunner
 
 SIZE, CLASSES, LARGEST = 8, 10, 4
 WEIGHTS = np.random.default_rng(1).standard_normal((3 * SIZE * SIZE, CLASSES), np.float32)
@@ -172,9 +174,12 @@ class Bench:
         self.profile = (1, 2, LARGEST)
         self.ran: list[int] = []
         self.issued = 0
+        self.tail: tuple[int, ...] = ()  # what follows the classes in the shape of the logits
+        self.layers: Callable[[int], dict[str, float]] = lambda images: {"conv1": 1.0 * images, "fc": 0.25}
         self.lib.script |= {
             "Runtime.deserialize_cuda_engine": self.engine,
             "ICudaEngine.create_execution_context": self.context,
+            "ICudaEngine.create_engine_inspector": lambda _: self.lib.make("EngineInspector"),
             "ICudaEngine.get_tensor_shape": lambda _, name: self.shape(name),
             "ICudaEngine.get_tensor_dtype": lambda _, name: getattr(self.lib.DataType, self.types[name]),
             "ICudaEngine.get_tensor_profile_shape": lambda _, name, i: [self.shape(name, n) for n in self.profile],
@@ -188,7 +193,7 @@ class Bench:
 
     def shape(self, name: str, images: int | None = None) -> tuple[int, ...]:
         images = self.images if images is None else images
-        return (images, 3, SIZE, SIZE) if name == "input" else (images, CLASSES)
+        return (images, 3, SIZE, SIZE) if name == "input" else (images, CLASSES, *self.tail)
 
     def batch(self) -> int:
         return self.set_to if self.images < 0 else self.images
@@ -217,6 +222,9 @@ class Bench:
         source, result = (context.get_tensor_address(name) for name in ("input", "output"))
         images, number = self.batch(), self.issued
         self.issued += 1
+        if context.profiler is not None:
+            for layer, ms in self.layers(images).items():
+                context.profiler.report_layer_time(layer, ms)
 
         def work() -> bool:
             kinds = {"FLOAT": np.float32, "HALF": np.float16, "UINT8": np.uint8}
@@ -252,7 +260,12 @@ def test_every_version_runs_with_what_its_bindings_have(
             assert (runner.batch, runner.input_size, runner.dtype) == (None, SIZE, np.float32)
             for _ in range(3):
                 np.testing.assert_allclose(runner.infer(PIXELS), logits(PIXELS), rtol=1e-5)
-    assert bench.lib.set_to("Runtime.engine_host_code_allowed") is True  # which plans for later versions need
+            assert runner.profile(PIXELS[:2], 3) == {"conv1": 2, "fc": 0.25}
+            bench.lib.script["EngineInspector.get_engine_information"] = '{"Layers": ["conv1", "fc"]}'
+            assert runner.inspect() == ["conv1", "fc"]
+            np.testing.assert_allclose(runner.infer(PIXELS), logits(PIXELS), rtol=1e-5)
+    assert not bench.lib.called("Runtime.engine_host_code_allowed=")  # a plan brings no code unless it is asked to
+    assert not bench.lib.called("Runtime.DLA_core=")
     assert TensorRt(bench.executor).version() == version.removeprefix("rtx-")
 
 
@@ -564,71 +577,235 @@ def test_other_types_and_missing_files_are_refused(bench: Bench) -> None:
         bench.open()
 
 
-def layer(name: str, kind: str, types: list[str], new: bool = False, **more: Any) -> dict[str, Any]:
-    """A layer as the engine inspector writes it: types of its inputs, and of its output last."""
-
-    def tensor(type_name: str) -> dict[str, Any]:
-        if new:
-            words = {"Int8": "kCHW32", "Half": "kCHW16", "Float": "kLINEAR"}
-            return {"Name": "t", "DataType": type_name, "Format": f"FP32 never mind ({words[type_name]})"}
-        words = {
-            "Int8": "Thirty-two wide channel vectorized row major Int8 format",
-            "Half": "Sixteen wide channel vectorized row major FP16 format",
-            "Float": "Row major linear FP32",
-        }
-        return {"Name": "t", "Dimensions": [1, 8, 8, 8], "Format/Datatype": words[type_name]}
-
-    *inputs, output = map(tensor, types)
-    return {"Name": name, "LayerType": kind, "Inputs": inputs, "Outputs": [output], **more}
+def order(bench: Bench, *names: str) -> list[str]:
+    """Which of ``names`` was called when."""
+    return [called for called, _ in bench.lib.calls if called in names]
 
 
-def network(new: bool) -> list[dict[str, Any]]:
-    return [
-        layer("Reformatting CopyNode for Input Tensor 0 to stem", "Reformat", ["Float", "Int8"], new),
-        layer("stem + relu", "CaskConvolution", ["Int8", "Int8"], new, ParameterType="Convolution"),
-        layer("conv2 + add + relu", "CaskConvolution", ["Int8", "Int8", "Int8"], new),
-        layer("conv3", "CaskGemmConvolution", ["Half", "Half"], new),
-        layer("pool", "CaskPooling", ["Int8", "Int8"], new),
-        layer("softmax", "SoftMaxV2", ["Float", "Float"], new),
-    ]
+def test_a_plan_brings_code_only_if_it_may(bench: Bench) -> None:
+    load = "Runtime.deserialize_cuda_engine"
+    bench.open(version_compatible=True).close()
+    assert bench.lib.called("Runtime.engine_host_code_allowed=") == [(True,)]
+    assert order(bench, "Runtime.engine_host_code_allowed=", load) == ["Runtime.engine_host_code_allowed=", load]
 
 
-@pytest.mark.parametrize("new", [False, True])
-def test_audit_reads_both_dialects_of_the_inspector(bench: Bench, new: bool) -> None:
-    names = {"I/O Tensors": [{"Name": "input"}]} if new else {"Bindings": ["input", "output"]}
-    bench.lib.script["EngineInspector.get_engine_information"] = lambda _, form: json.dumps(
-        {"Layers": network(new), **names}
-    )
-    found = TensorRt("tensorrt").audit(bench.path, "int8")
-    assert found.operators == {
-        "CaskConvolution int8": 2,
-        "CaskGemmConvolution fp16": 1,
-        "CaskPooling int8": 1,
-        "Reformat fp32": 1,
-        "SoftMaxV2 fp32": 1,
-    }
-    assert found.notes == [
-        "2 of 3 convolutions are computed in INT8, 1 of them add a residual; 1 reformats",
-        "1 of 3 convolutions are computed in FP16, first conv3",
-        "1 other layers are computed in FP32, first softmax",
-    ]
-    assert bench.lib.called("EngineInspector.get_engine_information") == [(bench.lib.LayerInformationFormat.JSON,)]
+def test_a_library_without_version_compatible_plans_says_so(bench: Bench) -> None:
+    bench.lib = fake("8.6.1", without=("Runtime.engine_host_code_allowed",))  # as 8.5
+    with pytest.raises(UsageError, match=r"8\.6\.1 has no version-compatible plans"):
+        bench.open(version_compatible=True)
+    assert not bench.cuda._taken.pop_all()._exit_callbacks  # type: ignore[attr-defined]
+
+
+def test_a_dla_core_is_chosen_before_the_plan_is_loaded(bench: Bench) -> None:
+    bench.lib.script["Runtime.num_DLA_cores"] = 2
+    load = "Runtime.deserialize_cuda_engine"
+    for core in (0, 1):
+        bench.open(dla_core=core).close()
+    assert bench.lib.called("Runtime.DLA_core=") == [(0,), (1,)]
+    assert order(bench, "Runtime.DLA_core=", load) == ["Runtime.DLA_core=", load] * 2
+
+
+@pytest.mark.parametrize(("cores", "core"), [(0, 0), (2, 2), (2, -1), (None, 0)])
+def test_a_dla_core_that_is_not_there_is_refused(bench: Bench, cores: int | None, core: int) -> None:
+    bench.lib.script["Runtime.num_DLA_cores"] = cores
+    with pytest.raises(BuildError, match=f"there is no DLA core {core}") as error:
+        bench.open(dla_core=core)
+    assert error.value.evidence == f"TensorRT 10.3.0 sees {cores or 0} of them here"
+    assert "Orin" in error.value.hint
+    assert not bench.lib.called("Runtime.deserialize_cuda_engine")
+    assert not bench.cuda._taken.pop_all()._exit_callbacks  # type: ignore[attr-defined]
+
+
+def test_a_library_without_some_types_or_dla_still_loads(bench: Bench) -> None:
+    types = bench.lib.DataType
+    bench.lib.DataType = SimpleNamespace(FLOAT=types.FLOAT, HALF=types.HALF)
+    bench.types["input"] = "HALF"
+    with bench.open() as runner:
+        assert runner.dtype == np.float16
+    found = bench.lib.script["ICudaEngine.get_tensor_dtype"]
+    bench.lib.script["ICudaEngine.get_tensor_dtype"] = lambda engine, name: types.INT8
+    with pytest.raises(BuildError, match="is of type"):
+        bench.open()
+    bench.lib.script["ICudaEngine.get_tensor_dtype"] = found
+    delattr(bench.lib.Runtime, "num_DLA_cores")
+    with pytest.raises(BuildError, match="there is no DLA core 0"):
+        bench.open(dla_core=0)
+
+
+def test_settings_reach_the_runner(bench: Bench) -> None:
+    bench.lib.script["Runtime.num_DLA_cores"] = 2
+    settings = {"dla_core": 1, "cuda_graph": True, "version_compatible": True}
+    with open_runner(bench.path, "tensorrt", **settings) as runner:
+        for _ in range(2):
+            runner.infer(PIXELS[:2])
+        assert bench.cuda.history.count("launch") == 1
+    assert bench.lib.set_to("Runtime.DLA_core") == 1
+    assert bench.lib.set_to("Runtime.engine_host_code_allowed") is True
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_other_executors_refuse_settings_but_take_those_that_ask_nothing(tiny_path: Path, name: str) -> None:
+    for settings in ({"dla_core": 0}, {"cuda_graph": True}):
+        with pytest.raises(UsageError, match=f"executor {name} has no setting {next(iter(settings))}"):
+            open_runner(tiny_path, name, **settings)
+    with open_runner(tiny_path, name, dla_core=None, cuda_graph=False) as runner:
+        assert runner.input_size == 32
+
+
+@pytest.mark.parametrize("images", [-1, 3])
+def test_logits_of_four_dimensions_come_back_in_two(bench: Bench, images: int) -> None:
+    bench.tail, bench.images = (1, 1), images
+    with bench.open() as runner:
+        result = runner.infer(PIXELS)
+        assert (result.dtype, result.shape) == (np.float32, (11, CLASSES))
+        np.testing.assert_allclose(result, logits(PIXELS), rtol=1e-5)
+
+
+@pytest.mark.parametrize("tail", [(2, 2), (1,), (1, 2), (1, 1, 1)])
+def test_a_result_of_another_shape_is_no_classifiers(bench: Bench, tail: tuple[int, ...]) -> None:
+    bench.tail = tail
+    with pytest.raises(BuildError, match="no classifier"):
+        bench.open()
+
+
+def test_a_profile_has_the_median_of_each_layer(bench: Bench) -> None:
+    scale = iter([5, 5, 1, 1, 3, 3])  # for two pieces in each of three runs; the call before them is not timed
+
+    def layers(images: int) -> dict[str, float]:
+        factor = next(scale)
+        return {"conv1": images * factor, "fc": 1.0}
+
+    bench.layers = layers
+    with bench.open() as runner:
+        assert runner.profile(PIXELS[:6], 3) == {"conv1": 18, "fc": 2}
+        assert len(bench.lib.called("IExecutionContext.execute_async_v3")) == 8
+        assert {args[0] for args in bench.lib.called("IExecutionContext.execute_async_v3")} == {1}  # one by one
+        assert next(scale, None) is None
+
+
+def test_layers_that_are_not_told_each_time_count_when_they_are(bench: Bench) -> None:
+    told = iter([{"a": 1.0}, {"a": 3.0, "b": 7.0}, {"a": 2.0}])
+    bench.layers = lambda images: next(told)
+    with bench.open() as runner:
+        assert runner.profile(PIXELS[:1], 3) == {"a": 2}
+    bench.layers = lambda images: {}
+    with bench.open() as runner:
+        assert runner.profile(PIXELS[:1], 3) == {}
+
+
+def test_after_a_profile_nothing_is_timed_and_everything_is_as_before(bench: Bench) -> None:
+    with bench.open(cuda_graph=True) as runner:
+        for _ in range(2):
+            runner.infer(PIXELS[:2])
+        assert bench.cuda.history.count("launch") == 1
+        runner.profile(PIXELS[:2], 2)
+        assert bench.cuda.history.count("launch") == 1  # a graph would not tell its layers
+        assert bench.cuda.freed == ["graph", "context"]
+        bench.layers = lambda images: pytest.fail("timed")  # type: ignore[assignment]
+        for images in (2, 2):
+            np.testing.assert_allclose(runner.infer(PIXELS[:images]), logits(PIXELS[:images]), rtol=1e-5)
+        assert bench.cuda.history.count("launch") == 2
+    assert bench.cuda.freed.count("context") == 2
+
+
+def test_a_profile_that_fails_leaves_a_runner_that_works(bench: Bench) -> None:
+    with bench.open() as runner:
+        real = bench.lib.script["IExecutionContext.execute_async_v3"]
+        refuse(bench, "IExecutionContext.execute_async_v3", False)
+        with pytest.raises(BuildError, match="could not run"):
+            runner.profile(PIXELS[:2])
+        bench.lib.script["IExecutionContext.execute_async_v3"] = real
+        with pytest.raises(UsageError, match="takes images of"):
+            runner.profile(PIXELS[:0])
+        with pytest.raises(UsageError, match="0 runs to profile"):
+            runner.profile(PIXELS, 0)
+        bench.layers = lambda images: pytest.fail("timed")  # type: ignore[assignment]
+        np.testing.assert_allclose(runner.infer(PIXELS), logits(PIXELS), rtol=1e-5)
+    with pytest.raises(UsageError, match="closed"):
+        runner.profile(PIXELS)
+
+
+def test_a_context_that_does_not_come_back_closes_the_runner(bench: Bench) -> None:
+    runner = bench.open()
+    refuse(bench, "ICudaEngine.create_execution_context", None, "out of memory")
+    with pytest.raises(BuildError, match="could not create an execution context") as error:
+        runner.profile(PIXELS[:2])
+    assert error.value.evidence == "out of memory"
+    with pytest.raises(UsageError, match="closed"):
+        runner.infer(PIXELS)
+    assert bench.cuda.freed[:3] == ["context", "engine", "runtime"]
+    assert len(bench.cuda.freed) == 21
+
+
+def tell(bench: Bench, text: str) -> None:
+    """What the inspector says."""
+    bench.lib.script["EngineInspector.get_engine_information"] = lambda _, form: text
+
+
+LAYER = {
+    "Name": "conv1",
+    "LayerType": "CaskConvolution",
+    "Metadata": "[ONNX Layer: conv1]\x1e[ONNX Layer: relu]",
+    "Inputs": [{"Name": "input", "Dimensions": [2, 3, 8, 8], "Datatype": "Int8"}],
+    "Outputs": [{"Name": "output", "Dimensions": [2, 10], "Datatype": "Int8"}],
+}
+
+
+def test_layers_are_told_for_the_usual_batch_unless_another_is_set(bench: Bench) -> None:
+    tell(bench, json.dumps({"Layers": [LAYER], "Bindings": ["input"]}))
+    with bench.open() as runner:
+        assert runner.inspect() == [LAYER]
+        assert [args[1][0] for args in bench.lib.called("IExecutionContext.set_input_shape")] == [2]
+        (context,) = bench.lib.called("EngineInspector.execution_context=")[-1]
+        assert context is runner._context
+        assert bench.lib.called("EngineInspector.get_engine_information") == [(bench.lib.LayerInformationFormat.JSON,)]
+        runner.infer(PIXELS[:3])
+        runner.inspect()
+        assert [args[1][0] for args in bench.lib.called("IExecutionContext.set_input_shape")] == [2, 3]
+        del context
+        bench.lib.calls.clear()  # which hold the context too
     assert bench.cuda.freed[:3] == ["context", "engine", "runtime"]
 
 
-def test_audit_of_fp32_minds_no_fp32() -> None:
-    found = fusion([layer("a", "CaskConvolution", ["Float", "Float"]), layer("b", "Pool", ["Float", "Float"])], "fp32")
-    assert found.notes == ["1 of 1 convolutions are computed in FP32, 0 of them add a residual; 0 reformats"]
+@pytest.mark.parametrize("text", ["", "{", "{}", '{"Layers": []}', '{"Layers": [1]}'])
+def test_layers_that_are_not_told_are_an_error(bench: Bench, text: str) -> None:
+    tell(bench, text)
+    with bench.open() as runner:
+        with pytest.raises(BuildError, match="does not tell the plan's layers") as error:
+            runner.inspect()
+        np.testing.assert_allclose(runner.infer(PIXELS), logits(PIXELS), rtol=1e-5)
+        bench.lib.calls.clear()
+    assert error.value.evidence  # an error that is kept keeps nothing of the plan
+    assert bench.cuda.freed[:3] == ["context", "engine", "runtime"]
 
 
-def test_audit_of_names_only_says_so() -> None:
-    found = fusion(["stem + relu", "conv2 + add"], "int8")
-    assert (found.operators, found.notes) == (
-        {"layer": 2},
-        ["the plan holds the names of its layers, not what they run in"],
-    )
-    mixed = fusion(["elsewhere", *network(False)], "int8")
-    assert mixed.notes[-1] == "1 layers are known by name only"
+def test_control_characters_in_layers_are_read(bench: Bench) -> None:
+    tell(bench, '{"Layers": [{"Name": "a", "Metadata": "b\x1ec"}]}')
+    with bench.open() as runner:
+        assert runner.inspect() == [{"Name": "a", "Metadata": "b\x1ec"}]
+
+
+def test_the_audit_is_that_of_the_layers(bench: Bench) -> None:
+    tell(bench, json.dumps({"Layers": [LAYER]}))
+    bench.lib.script["Runtime.num_DLA_cores"] = 1
+    found = TensorRt("tensorrt").audit(bench.path, "int8", dla_core=0)
+    assert found == audit([LAYER], "int8").fusion()
+    assert found.notes[0].startswith("1 of 1 convolution INT8 in and out")
+    assert bench.lib.set_to("Runtime.DLA_core") == 0
+    assert bench.cuda.freed[:2] == ["engine", "runtime"]
+
+
+def test_an_examination_has_layers_and_times_of_the_usual_batch(bench: Bench) -> None:
+    tell(bench, json.dumps({"Layers": [LAYER]}))
+    bench.types["input"] = "UINT8"  # takes raw pixels, which need no preprocessing here
+    layers, times = TensorRt("tensorrt").examine(bench.path, version_compatible=True)
+    assert (layers, times) == ([LAYER], {"conv1": 2, "fc": 0.25})
+    assert bench.lib.set_to("Runtime.engine_host_code_allowed") is True
+    assert [args[1][0] for args in bench.lib.called("IExecutionContext.set_input_shape")] == [2]
+    assert bench.cuda.freed.count("engine") == 1
+    refuse(bench, "Runtime.deserialize_cuda_engine", None)
+    with pytest.raises(BuildError, match="could not load"):
+        TensorRt("tensorrt").examine(bench.path)
 
 
 def test_audit_without_an_inspector_is_an_error(bench: Bench) -> None:
@@ -646,3 +823,18 @@ def test_the_real_library_says_why_it_does_not_load(monkeypatch: pytest.MonkeyPa
     with pytest.raises(BuildError, match="TensorRT could not load") as error:
         TensorRtRunner(path, "tensorrt-rtx")
     assert "incompatible serialization version" in error.value.evidence
+
+
+def test_the_real_library_has_no_dla_core_and_takes_the_profiler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    library = pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr(tensorrt, "open_cuda", lambda extra, graphs: Simulated())
+    (tmp_path / "model.plan").write_bytes(b"no plan")
+    with pytest.raises(BuildError, match="there is no DLA core 0"):
+        TensorRtRunner(tmp_path / "model.plan", "tensorrt-rtx", dla_core=0)
+    profiler = tensorrt._profiler(library)
+    for ms in (1.0, 2.0):
+        profiler.report_layer_time("conv1", ms)
+    assert isinstance(profiler, library.IProfiler)
+    assert profiler.ms == {"conv1": 3}

@@ -11,7 +11,7 @@ from onnxruntime.quantization import calibrate
 
 from edgeres import recipe, thresholds
 from edgeres.calibrate import BINS, TensorRange
-from edgeres.thresholds import METHODS, PERCENTILE, entropy, minmax, mse, percentile
+from edgeres.thresholds import METHODS, PERCENTILE, SHRINK, WEIGHTS, entropy, least_squares, minmax, mse, percentile
 
 STEPS = 255
 SIZE = 250_000  # tail of 2.5 values on each side
@@ -319,3 +319,84 @@ def test_what_onnxruntime_calls_entropy_is_minmax() -> None:
     lo, hi = calibrate.HistogramCollector.get_entropy_threshold(None, (counts, edges, -largest, largest), 128)
     assert (lo, hi) == (-largest, largest)
     assert entropy(measure(values), STEPS)[1] < 0.7 * largest
+
+
+def weights(rows: int = 40) -> np.ndarray:
+    """Rows of many shapes and sizes, (5 rows, 90)."""
+    rng = np.random.default_rng(11)
+    normal = rng.standard_normal((rows, 90))
+    outlier = normal.copy()
+    outlier[:, 7] = -9 - 20 * rng.random(rows)
+    kinds = [normal, rng.laplace(0, 1, normal.shape), rng.standard_t(2, normal.shape), rng.uniform(-1, 1, normal.shape)]
+    return (np.concatenate([*kinds, outlier]) * np.exp(rng.normal(0, 3, (5 * rows, 1)))).astype(np.float32)
+
+
+def weight_error(rows: np.ndarray, thresholds: np.ndarray, top: int) -> np.ndarray:
+    """Squared error of each row, in float64."""
+    x, scale = rows.astype(np.float64), thresholds.astype(np.float64)[:, None] / top
+    return np.square(np.clip(np.rint(x / scale), -top - 1, top) * scale - x).sum(1)
+
+
+@pytest.mark.parametrize("top", [127, 63, 7])
+def test_least_squares_is_as_good_as_trying_every_share_one_after_the_other(top: int) -> None:
+    rows = weights()
+    largest = np.abs(rows).max(1)
+    best = np.min([weight_error(rows, largest * share, top) for share in SHRINK], axis=0)
+    found = weight_error(rows, least_squares(rows, top), top)
+    np.testing.assert_allclose(found, best, rtol=1e-3)
+    gain = found / weight_error(rows, largest, top)
+    assert gain.max() <= 1.0001
+    assert gain.mean() < 0.985
+
+
+def test_least_squares_clips_an_outlier_more_where_there_are_fewer_steps() -> None:
+    rows = weights()
+    shares = [least_squares(rows, top) / np.abs(rows).max(1) for top in (127, 63, 7)]
+    assert [float(s.min()) >= 0.5 for s in shares] == [True] * 3
+    assert [float(s.max()) <= 1 for s in shares] == [True] * 3
+    means = [float(s.mean()) for s in shares]
+    assert means == sorted(means, reverse=True)
+    assert means[0] > means[2] + 0.05
+
+
+def test_least_squares_uses_the_integer_that_only_negative_weights_have() -> None:
+    (threshold,) = least_squares(np.asarray([[-4, 3, 3, 2, -1]], np.float32), 3)
+    assert threshold == pytest.approx(3)  # -4 to 3 without an error
+
+
+def test_least_squares_clips_nothing_that_is_exact_as_it_is() -> None:
+    rows = np.asarray([[127, -60, 3, 0], [0.5, 0, 0, 0]], np.float32)
+    np.testing.assert_array_equal(least_squares(rows, 127), [127, 0.5])
+
+
+@pytest.mark.parametrize("size", [1e-37, 3e-20, 1e20, 1e37])
+def test_least_squares_does_not_depend_on_the_size_of_weights(size: float) -> None:
+    rows = weights(3)
+    rows /= np.abs(rows).max(1, keepdims=True)
+    np.testing.assert_allclose(least_squares(rows * np.float32(size), 127), least_squares(rows, 127) * size, rtol=1e-2)
+
+
+@pytest.mark.parametrize("rule", WEIGHTS.values(), ids=WEIGHTS)
+def test_rows_of_zeros_and_of_the_smallest_and_largest_floats(rule: Any) -> None:
+    rows = np.asarray([[0, 0], [1e-45, 0], [3e38, -3e38], [np.finfo(np.float32).tiny, 0]], np.float32)
+    np.testing.assert_allclose(rule(rows, 127), np.abs(rows).max(1), rtol=1e-6)
+    assert rule(rows, 127).dtype == np.float32
+
+
+def test_least_squares_of_a_row_does_not_depend_on_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = weights(10)
+    together = least_squares(rows, 127)
+    for piece in (1, 180, 10_000):
+        monkeypatch.setattr(thresholds, "PIECE", piece)
+        np.testing.assert_allclose(least_squares(rows, 127), together, rtol=0.011)  # within one share
+
+
+def test_least_squares_of_a_million_weights_takes_no_second() -> None:
+    rows = np.random.default_rng(0).standard_normal((512, 2048), dtype=np.float32)
+    start = time.process_time()
+    least_squares(rows, 127)
+    assert time.process_time() - start < 2  # ten times what it takes
+
+
+def test_a_recipe_may_name_every_rule_for_weights() -> None:
+    assert tuple(WEIGHTS) == recipe.WEIGHTS

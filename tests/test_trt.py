@@ -8,7 +8,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgeres import trt
 from edgeres.errors import BuildError, MissingDependency, UsageError
-from edgeres.trt import Options, OutOfMemory, build, build_plan
+from edgeres.trt import Calibration, Options, OutOfMemory, build, build_plan, builder, library
+from edgeres.trt.configure import set_batches
+from edgeres.trt.options import MIB
 
 WEAK = ["8.6.1"]
 RTX = [v for v in VERSIONS if v.startswith("rtx")]
@@ -33,7 +37,7 @@ NO_MEMORY = "Error Code 1: Cuda Runtime (out of memory)"
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the user was told."""
     lines: list[str] = []
-    monkeypatch.setattr(trt, "say", lines.append)
+    monkeypatch.setattr(builder, "say", lines.append)
     return lines
 
 
@@ -45,166 +49,6 @@ def failing(lib: Any, *errors: str, severity: str = "ERROR") -> None:
             lib.say(severity, error)
 
     lib.script["Builder.build_serialized_network"] = fail
-
-
-# what each version is asked for
-
-
-@every
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-def test_precision_is_the_graphs_own_except_in_version_8(version: str, precision: str) -> None:
-    lib = fake(version)
-    assert build_plan(lib, b"onnx", precision, Options()) == b"plan"
-    weak = {"fp32": set(), "fp16": {"FP16"}, "int8": {"FP16", "INT8"}}[precision]
-    assert lib.flags() == (weak if version in WEAK else set())  # without TF32
-
-
-@every
-def test_network_flags(version: str) -> None:
-    lib = fake(version)
-    build_plan(lib, b"onnx", "int8", Options())
-    [(flags,)] = lib.called("Builder.create_network")
-    kind = lib.NetworkDefinitionCreationFlag
-    asked = {member.name for member in kind if flags >> int(member) & 1}
-    assert flags < 1 << (max(int(member) for member in kind) + 1)
-    assert ("EXPLICIT_BATCH" in asked) == hasattr(kind, "EXPLICIT_BATCH")
-    assert ("STRONGLY_TYPED" in asked) == (version not in WEAK)
-    assert asked <= {"EXPLICIT_BATCH", "STRONGLY_TYPED"}
-
-
-def test_a_version_without_either_flag_is_strongly_typed() -> None:
-    lib = fake("11.4.0.106")
-    del lib.NetworkDefinitionCreationFlag
-    lib.NetworkDefinitionCreationFlag = fake("8.6.1").DeviceType  # any enum without these members
-    build_plan(lib, b"onnx", "int8", Options())
-    assert lib.called("Builder.create_network") == [(0,)]
-    assert lib.flags() == set()
-
-
-@every
-def test_the_parser_gets_the_bytes_and_the_layers_keep_their_names(version: str) -> None:
-    lib = fake(version)
-    build_plan(lib, b"onnx", "fp32", Options())
-    assert lib.called("OnnxParser.parse") == [(b"onnx", None)]
-    assert lib.set_to("IBuilderConfig.profiling_verbosity") is lib.ProfilingVerbosity.DETAILED
-
-
-@every
-@pytest.mark.parametrize(
-    ("options", "name", "value"),
-    [
-        (Options(level=1), "builder_optimization_level", 1),
-        (Options(level=0), "builder_optimization_level", 0),
-        (Options(aux_streams=0), "max_aux_streams", 0),
-    ],
-)
-def test_numbers_are_set(version: str, options: Options, name: str, value: int) -> None:
-    lib = fake(version)
-    build_plan(lib, b"onnx", "fp32", options)
-    assert lib.called(f"IBuilderConfig.{name}=") == [(value,)]
-
-
-@every
-def test_what_is_not_asked_for_is_left_to_the_library(version: str) -> None:
-    lib = fake(version)
-    build_plan(lib, b"onnx", "fp32", Options())
-    touched = {name for name, _ in lib.calls if name.startswith("IBuilderConfig.")}
-    touched -= {"IBuilderConfig.progress_monitor=", "IBuilderConfig.clear_flag"}
-    assert touched == {"IBuilderConfig.profiling_verbosity=", "IBuilderConfig.add_optimization_profile"}
-
-
-@every
-def test_workspace(version: str) -> None:
-    lib = fake(version)
-    build_plan(lib, b"onnx", "fp32", Options(workspace=1 << 28))
-    assert lib.called("IBuilderConfig.set_memory_pool_limit") == [(lib.MemoryPoolType.WORKSPACE, 1 << 28)]
-
-
-@every
-@pytest.mark.parametrize(
-    ("options", "flag"),
-    [
-        (Options(tf32=True), "TF32"),
-        (Options(version_compatible=True), "VERSION_COMPATIBLE"),
-        (Options(strip=True), "STRIP_PLAN"),
-        (Options(refit=True), "REFIT"),
-        (Options(sparse=True), "SPARSE_WEIGHTS"),
-    ],
-)
-def test_flags_are_set_or_refused(version: str, options: Options, flag: str) -> None:
-    lib = fake(version)
-    if hasattr(lib.BuilderFlag, flag):
-        build_plan(lib, b"onnx", "fp32", options)
-        named = getattr(lib.BuilderFlag, flag).name  # the first of two names for one number
-        assert lib.flags() == {named}
-    else:
-        assert (version, flag) == ("8.6.1", "STRIP_PLAN")
-        with pytest.raises(UsageError, match=r"TensorRT 8\.6\.1 has no strip plan"):
-            build_plan(lib, b"onnx", "fp32", options)
-
-
-@every
-def test_hardware_compatibility(version: str) -> None:
-    lib = fake(version)
-    if version in RTX:
-        with pytest.raises(UsageError, match="name compute capabilities"):
-            build_plan(lib, b"onnx", "fp32", Options(hardware_compatible=True))
-    else:
-        build_plan(lib, b"onnx", "fp32", Options(hardware_compatible=True))
-        level = lib.set_to("IBuilderConfig.hardware_compatibility_level")
-        assert level is lib.HardwareCompatibilityLevel.AMPERE_PLUS
-
-
-@every
-def test_compute_capabilities_are_a_matter_of_rtx(version: str) -> None:
-    lib = fake(version)
-    options = Options(capabilities=("8.6", "12.0", "8.6"))
-    if version in RTX:
-        build_plan(lib, b"onnx", "fp32", options)
-        assert lib.set_to("IBuilderConfig.num_compute_capabilities") == 2
-        sm = lib.ComputeCapability
-        assert lib.called("IBuilderConfig.set_compute_capability") == [(sm.SM86, 0), (sm.SM120, 1)]
-    else:
-        with pytest.raises(UsageError, match="for the GPU at hand only"):
-            build_plan(lib, b"onnx", "fp32", options)
-
-
-def test_a_compute_capability_may_be_unknown_or_refused() -> None:
-    lib = fake(RTX[0])
-    with pytest.raises(UsageError, match=r"capability 8\.7, 9\.0\n.*: 7\.5, 8\.0, 8\.6, 8\.9, 12\.0, 12\.1$"):
-        build_plan(lib, b"onnx", "fp32", Options(capabilities=("8.7", "8.6", "9.0")))
-    lib.script["IBuilderConfig.set_compute_capability"] = False
-    with pytest.raises(BuildError, match=r"refused compute capability 8\.6\nname fewer"):
-        build_plan(lib, b"onnx", "fp32", Options(capabilities=("8.6",)))
-
-
-@every
-def test_dynamic_batch_gets_a_profile_and_static_batch_none(version: str) -> None:
-    lib = fake(version)
-    build_plan(lib, b"onnx", "fp32", Options(profile=(2, 4, 16)))
-    assert lib.called("IOptimizationProfile.set_shape") == [("input", *((n, 3, 64, 64) for n in (2, 4, 16)))]
-    assert len(lib.called("IBuilderConfig.add_optimization_profile")) == 1
-    lib = fake(version)
-    lib.script["ITensor.shape"] = (1, 3, 64, 64)
-    build_plan(lib, b"onnx", "fp32", Options(profile=(2, 4, 16)))
-    assert not lib.called("Builder.create_optimization_profile")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"profile": (4, 2, 8)}, r"\(4, 2, 8\) are not smallest"),
-        ({"profile": (1, 8, 4)}, "are not smallest"),
-        ({"profile": (0, 2, 8)}, "are not smallest"),
-        ({"workspace": 0}, "workspace of 0 bytes"),
-        ({"level": 6}, "level 6"),
-        ({"level": -1}, "level -1"),
-        ({"aux_streams": -1}, "-1 auxiliary"),
-    ],
-)
-def test_numbers_without_sense_are_refused_at_once(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        Options(**options)
 
 
 # timing cache
@@ -263,14 +107,14 @@ def test_a_damaged_timing_cache_is_left_aside(tmp_path: Path, said: list[str]) -
 def test_no_timings_no_file(nothing: str, tmp_path: Path) -> None:
     lib, path = fake("11.0.0.114"), tmp_path / "timings"
     lib.script[nothing] = None
-    assert build_plan(lib, b"onnx", "fp32", Options(timing_cache=path)) == b"plan"
+    assert build_plan(lib, b"onnx", "fp32", Options(timing_cache=path)).plan == b"plan"
     assert not path.exists()
 
 
 def test_a_timing_cache_that_cannot_be_written_is_no_failure(tmp_path: Path, said: list[str]) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file" / "timings", tmp_path):  # below a file; a folder
-        assert build_plan(fake("10.3.0"), b"onnx", "fp32", Options(timing_cache=path)) == b"plan"
+        assert build_plan(fake("10.3.0"), b"onnx", "fp32", Options(timing_cache=path)).plan == b"plan"
     assert len(said) == 2
     assert said[0].startswith("timings could not be kept: ")
 
@@ -349,7 +193,8 @@ def test_every_parser_error_is_told(version: str) -> None:
     if version not in WEAK:
         named = ["conv1 (Conv): no such kernel", "node 5 (Relu): odd", "cut short"]
     assert caught.value.evidence.split("\n") == named
-    assert "edgeres quantize" in caught.value.hint
+    again = "make it for this target again: `edgeres quantize"
+    assert caught.value.hint == f"{again}{' --tensorrt 8.6.1' if version in WEAK else ''}`"
 
 
 @TWO
@@ -357,9 +202,9 @@ def test_a_parser_that_lists_nothing_leaves_the_log(version: str) -> None:
     lib = fake(version)
     lib.script["OnnxParser.parse"] = lambda self, *_: bool(lib.say("ERROR", "deserialize failed"))
     with pytest.raises(BuildError, match="does not read") as caught:
-        build_plan(lib, b"onnx", "fp16", Options())
+        build_plan(lib, b"onnx", "fp32", Options())
     assert caught.value.evidence == "deserialize failed"
-    assert "edgeres export" in caught.value.hint
+    assert caught.value.hint == "make it for this target again: `edgeres export`"
 
 
 @every
@@ -470,6 +315,8 @@ def attempts(lib: Any) -> list[tuple[Any, ...]]:
             builds[-1][2] = args[0]
         if name == "IOptimizationProfile.set_shape":
             builds[-1][3] = tuple(shape[0] for shape in args[1:])
+        if name == "ITensor.shape=":
+            builds[-1][3] = args[0][0]
     return [tuple(b) for b in builds]
 
 
@@ -487,7 +334,7 @@ def test_less_and_less_while_memory_runs_short(version: str, message: str, said:
         (quarter, None, None, (1, 4, 8)),
         (quarter, 1, None, (1, 4, 8)),
         (quarter, 1, 0, (1, 4, 8)),
-        (quarter, 1, 0, (1, 1, 1)),
+        (quarter, 1, 0, 1),  # static
     ]
     assert said == [
         f"memory ran short: again with {what}"
@@ -509,8 +356,10 @@ def test_the_first_that_fits_ends_it(said: list[str]) -> None:
         return lib.say("ERROR", left.pop()) if left else lib.make("IHostMemory")
 
     lib.script["Builder.build_serialized_network"] = fit
-    asked = Options(workspace=1 << 30, level=4, refit=True)
-    assert build(lib, b"onnx", "int8", asked) == (b"plan", Options(workspace=1 << 28, level=4, refit=True))
+    asked = Options(workspace=1024, level=4, refit=True)
+    built = build(lib, b"onnx", "int8", asked)
+    assert (built.plan, built.options) == (b"plan", replace(asked, workspace=256))
+    assert built.notes == said
     assert len(said) == 2
 
 
@@ -519,8 +368,16 @@ def test_what_is_so_already_is_not_tried_again() -> None:
     lib.script["ITensor.shape"] = (1, 3, 64, 64)
     failing(lib, NO_MEMORY)
     with pytest.raises(OutOfMemory):
-        build(lib, b"onnx", "int8", Options(workspace=1000, level=0, aux_streams=0))
+        build(lib, b"onnx", "int8", Options(workspace=1000 / MIB, level=0, aux_streams=0))
     assert attempts(lib) == [(n, 0, 0, None) for n in (1000, 500, 250)]
+
+
+def test_one_batch_above_1_becomes_1_in_the_end() -> None:
+    lib = fake("10.3.0")
+    failing(lib, NO_MEMORY)
+    with pytest.raises(OutOfMemory):
+        build(lib, b"onnx", "int8", Options(profile=(4, 4, 4), workspace=1, level=0, aux_streams=0))
+    assert [batch for *_, batch in attempts(lib)] == [4, 4, 4, 1]
 
 
 def test_a_workspace_asked_for_too_small_is_not_made_smaller() -> None:
@@ -536,7 +393,7 @@ def test_a_workspace_asked_for_too_small_is_not_made_smaller() -> None:
         lib = fake("10.3.0")
         failing(lib, message)
         with pytest.raises(OutOfMemory, match="workspace too small"):
-            build(lib, b"onnx", "int8", Options(workspace=workspace))
+            build(lib, b"onnx", "int8", Options(workspace=workspace and workspace / MIB))
         assert len(attempts(lib)) == builds
 
 
@@ -573,10 +430,25 @@ def test_progress_is_shown(version: str, monkeypatch: pytest.MonkeyPatch) -> Non
         monitor.phase_finish("Choosing kernels")
         return lib.make("IHostMemory")
 
-    monkeypatch.setattr(trt, "busy", busy)
+    monkeypatch.setattr(builder, "busy", busy)
     lib.script["Builder.build_serialized_network"] = slow
-    assert build_plan(lib, b"onnx", "fp32", Options()) == b"plan"
-    assert "build Choosing kernels 1/48" in texts
+    assert build_plan(lib, b"onnx", "fp32", Options()).plan == b"plan"
+    assert "build Choosing kernels 1/48, 0 s" in texts
+
+
+def test_time_goes_by_where_there_is_nothing_else_to_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    lib, shown, texts = fake("8.6.1"), threading.Event(), []
+    clock = iter(range(0, 10_000, 7))
+
+    @contextmanager
+    def busy(what: str) -> Iterator[Callable[[str], None]]:
+        yield lambda text: (texts.append(text), shown.set() if len(texts) == 3 else None)
+
+    monkeypatch.setattr(builder, "busy", busy)
+    monkeypatch.setattr(builder, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    lib.script["Builder.build_serialized_network"] = lambda *_: shown.wait(10) and lib.make("IHostMemory")
+    assert build_plan(lib, b"onnx", "fp32", Options()).plan == b"plan"
+    assert texts[:3] == ["build 7 s", "build 14 s", "build 21 s"]
 
 
 @pytest.fixture
@@ -588,7 +460,7 @@ def waiting(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     def busy(what: str) -> Iterator[Callable[[str], None]]:
         yield lambda text: event.set()
 
-    monkeypatch.setattr(trt, "busy", busy)
+    monkeypatch.setattr(builder, "busy", busy)
     return event
 
 
@@ -641,7 +513,7 @@ def test_a_library_may_be_missing_or_broken(monkeypatch: pytest.MonkeyPatch) -> 
     def broken(*_: str) -> None:
         raise OSError("libnvinfer.so.10: cannot open shared object file")
 
-    monkeypatch.setattr(trt, "need", broken)
+    monkeypatch.setattr(library, "need", broken)
     with pytest.raises(MissingDependency, match=r"does not load\nlibnvinfer.so.10"):
         trt.load_library("tensorrt")
 
@@ -706,17 +578,51 @@ def test_the_fake_has_what_the_real_one_has(rtx: Any) -> None:
         Options(capabilities=("8.6", "12.0")),
         Options(level=1),
         Options(aux_streams=0),
-        Options(workspace=1 << 28),
+        Options(workspace=256),
+        Options(tactic_memory=4096, tactic_shared_memory=0.046875),
         Options(sparse=True, tf32=True),
+        Options(verbosity="names"),
+        Options(verbosity="none"),
         Options(timing_cache=Path("timings")),
     ],
-    ids=str,
+    ids=lambda options: " ".join(f"{k}={v}" for k, v in vars(options).items() if v != getattr(Options, k)) or "none",
 )
 def test_rtx_builds_without_a_gpu(rtx: Any, tiny: bytes, options: Options) -> None:
-    plan, used = build(rtx, tiny, "fp32", options)
-    assert len(plan) > 100_000
-    assert used == options
+    built = build(rtx, tiny, "fp32", options)
+    assert len(built.plan) > 100_000
+    assert built.options == options
+    assert (built.notes, built.on_gpu, built.calibration_cache) == ([], [], None)
     assert not Path("timings").exists()
+
+
+def test_rtx_makes_a_network_static(rtx: Any, tiny: bytes) -> None:
+    for profile, batch, profiles in (((1, 4, 8), -1, 1), ((4, 4, 4), 4, 0)):
+        options = Options(profile=profile)
+        parts = builder._start(rtx, tiny, "fp32", options, False)
+        set_batches(parts, options)
+        ends = [parts.network.get_input(0), parts.network.get_output(0)]
+        assert [tuple(tensor.shape) for tensor in ends] == [(batch, 3, 32, 32), (batch, 4)]
+        assert parts.config.num_optimization_profiles == profiles
+
+
+@pytest.mark.parametrize(
+    ("precision", "options", "calibration", "message"),
+    [
+        ("fp16", Options(dla_core=0), None, "has no DLA core 0 here\nit counts 0"),
+        ("int8", Options(), Calibration("TRT-8502-EntropyCalibration2\n"), "has no implicit INT8"),
+        ("fp32", Options(hardware="ampere-plus"), None, "has no hardware compatibility"),
+    ],
+)
+def test_rtx_has_neither_dla_nor_calibrators(
+    rtx: Any, tiny: bytes, precision: str, options: Options, calibration: Calibration | None, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        build(rtx, tiny, precision, options, calibration)
+
+
+def test_rtx_takes_no_shared_memory_of_1_gib(rtx: Any, tiny: bytes) -> None:
+    with pytest.raises(BuildError, match="takes no tactic_shared_memory of 2,147,483,648 bytes"):
+        build(rtx, tiny, "fp32", Options(tactic_shared_memory=2048))
 
 
 def test_rtx_builds_for_what_it_is_told_to(rtx: Any, tiny: bytes) -> None:
@@ -760,7 +666,7 @@ def test_rtx_refuses_a_profile_out_of_order(rtx: Any, tiny: bytes) -> None:
     assert "MIN<=OPT<=MAX" in caught.value.evidence
 
 
-@pytest.mark.parametrize("workspace", [1 << 16, 1 << 24])  # below what any kernel takes; below what 32 images take
+@pytest.mark.parametrize("workspace", [1 / 16, 16])  # below what any kernel takes; below what 32 images take
 def test_rtx_and_a_workspace_too_small(rtx: Any, tiny: bytes, workspace: int, said: list[str]) -> None:
     with pytest.raises(OutOfMemory, match="workspace too small") as caught:
         build(rtx, tiny, "fp32", Options(workspace=workspace))
@@ -769,9 +675,9 @@ def test_rtx_and_a_workspace_too_small(rtx: Any, tiny: bytes, workspace: int, sa
 
 
 def test_rtx_stops_at_the_next_step(rtx: Any, tiny: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monitor = trt._monitor(rtx)
+    monitor = builder._monitor(rtx)
     monitor.cancelled = True
-    monkeypatch.setattr(trt, "_monitor", lambda lib: monitor)
+    monkeypatch.setattr(builder, "_monitor", lambda lib: monitor)
     with pytest.raises(BuildError, match="built no engine"):
         build_plan(rtx, tiny, "fp32", Options())
     assert monitor.text  # it was asked
@@ -780,8 +686,8 @@ def test_rtx_stops_at_the_next_step(rtx: Any, tiny: bytes, monkeypatch: pytest.M
 @pytest.mark.parametrize("options", [Options(strip=True), Options(refit=True)], ids=["strip", "refit"])
 def test_rtx_needs_a_gpu_to_strip_and_refit(rtx: Any, tiny: bytes, options: Options) -> None:
     try:
-        plan, _ = build(rtx, tiny, "fp32", options)
+        built = build(rtx, tiny, "fp32", options)
     except BuildError as error:
         assert "need a GPU here" in error.hint  # noqa: PT017
     else:
-        assert plan  # there is one
+        assert built.plan  # there is one

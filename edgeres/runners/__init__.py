@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -11,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from edgeres.errors import InputError, UsageError
+from edgeres.fusion import Fusion
 from edgeres.recipe import Preprocess
 from edgeres.trt import EXECUTORS
 
@@ -40,7 +40,8 @@ class Runner(ABC):
     def infer(self, pixels: np.ndarray) -> np.ndarray:
         """Pixels (N, 3, H, W), normalized float32 or `prepare`d -> logits float32 (N, classes), N from 1.
 
-        The result is the caller's. A network of fixed batch gets N in pieces, the last one padded with zeros.
+        The result is the caller's. A network of fixed batch gets N in pieces, the last one padded with zeros. One that
+        ends in a convolution, as DLA wants it, gives (N, classes, 1, 1), which comes back like any other's.
         """
         if not len(pixels) or pixels.shape[1:] != (3, self.input_size, self.input_size):
             raise UsageError(
@@ -49,14 +50,18 @@ class Runner(ABC):
             )
         if pixels.dtype != self.dtype:
             pixels = self.prepare(pixels)
-        if self.batch is None:
-            return self._run(pixels).astype(np.float32, copy=False)
+        logits = self._run(pixels) if self.batch is None else self._in_pieces(self.batch, pixels)
+        if logits.shape[2:] == (1, 1):
+            logits = logits.reshape(logits.shape[:2])
+        return logits.astype(np.float32, copy=False)
+
+    def _in_pieces(self, batch: int, pixels: np.ndarray) -> np.ndarray:
         pieces = []
-        for start in range(0, len(pixels), self.batch):
-            piece = pixels[start : start + self.batch]
-            padding = np.zeros((self.batch - len(piece), *piece.shape[1:]), piece.dtype)
+        for start in range(0, len(pixels), batch):
+            piece = pixels[start : start + batch]
+            padding = np.zeros((batch - len(piece), *piece.shape[1:]), piece.dtype)
             pieces.append(self._run(np.concatenate([piece, padding]) if len(padding) else piece)[: len(piece)])
-        return np.concatenate(pieces).astype(np.float32, copy=False)
+        return np.concatenate(pieces)
 
     @abstractmethod
     def _run(self, pixels: np.ndarray) -> np.ndarray:
@@ -73,19 +78,11 @@ class Runner(ABC):
         self.close()
 
 
-@dataclass(frozen=True)
-class Fusion:
-    """What an executor really executes: operators and their number, and ``notes`` on what is not as asked."""
-
-    operators: dict[str, int]
-    notes: list[str]
-
-
 class Executor(Protocol):
     """What the module of an executor has."""
 
-    def load(self, path: Path) -> Runner:
-        """Load the engine file at ``path``. Raises `BuildError`."""
+    def load(self, path: Path, **settings: Any) -> Runner:
+        """Load the engine file at ``path``, as ``settings`` say. Raises `BuildError`, `UsageError`."""
 
     def audit(self, path: Path, precision: str) -> Fusion:
         """Load the engine file at ``path``, of ``precision``, and look at what is executed."""
@@ -115,6 +112,18 @@ def executor(name: str) -> Executor:
     )
 
 
-def open_runner(path: Path, name: str) -> Runner:
-    """Load the engine file at ``path`` with executor ``name``."""
-    return executor(name).load(path)
+def open_runner(path: Path, name: str, **settings: Any) -> Runner:
+    """Load the engine file at ``path`` with executor ``name``.
+
+    TensorRT takes ``settings``: ``dla_core``, ``cuda_graph`` and ``version_compatible`` (see `TensorRtRunner`); the
+    others refuse any that is neither None nor False.
+    """
+    return executor(name).load(path, **settings)
+
+
+def refuse_settings(name: str, settings: dict[str, Any]) -> None:
+    """Raise `UsageError` if ``settings`` ask anything of executor ``name``, which has none."""
+    if asked := [key for key, value in settings.items() if value is not None and value is not False]:
+        raise UsageError(
+            f"executor {name} has no setting {', '.join(asked)}", hint="it is for TensorRT: choose such a target"
+        )

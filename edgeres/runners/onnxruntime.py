@@ -11,8 +11,9 @@ import numpy as np
 
 from edgeres import graph
 from edgeres.errors import BuildError, need
+from edgeres.fusion import Fusion
 from edgeres.graph import INPUT, OUTPUT
-from edgeres.runners import Fusion, Runner
+from edgeres.runners import Runner, refuse_settings
 
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 
@@ -38,7 +39,10 @@ class OnnxRuntimeRunner(Runner):
         self._session = None
 
 
-load = OnnxRuntimeRunner
+def load(path: Path, **settings: Any) -> OnnxRuntimeRunner:
+    """Load ``path``; there are no settings."""
+    refuse_settings("onnxruntime", settings)
+    return OnnxRuntimeRunner(path)
 
 
 def version() -> str:

@@ -12,8 +12,9 @@ from typing import Any, cast
 import numpy as np
 
 from edgeres.errors import BuildError, need
+from edgeres.fusion import Fusion
 from edgeres.graph import INPUT, OUTPUT
-from edgeres.runners import Fusion, Runner
+from edgeres.runners import Runner, refuse_settings
 
 PRECISIONS = {"f32": "fp32", "f16": "fp16", "u8": "int8", "i8": "int8"}
 """What OpenVINO calls the precision that a layer is executed in -> what edgeres calls it."""
@@ -38,7 +39,10 @@ class OpenVinoRunner(Runner):
         self._request = None
 
 
-load = OpenVinoRunner
+def load(path: Path, **settings: Any) -> OpenVinoRunner:
+    """Load ``path``; there are no settings."""
+    refuse_settings("openvino", settings)
+    return OpenVinoRunner(path)
 
 
 def version() -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
+import statistics
 import threading
-from collections import Counter, deque
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,10 @@ from typing import Any, cast
 
 import numpy as np
 
+from edgeres import fusion
+from edgeres.engine_layers import raw_layers
 from edgeres.errors import BuildError, InputError, UsageError
-from edgeres.runners import Fusion, Runner
+from edgeres.runners import Runner
 from edgeres.runners.cuda import Cuda, CudaPython, open_cuda
 from edgeres.trt import EXECUTORS, load_library, logger
 
@@ -22,8 +24,6 @@ DTYPES = {"FLOAT": np.float32, "HALF": np.float16, "UINT8": np.uint8}
 """What goes into and comes out of a plan: member of the library's DataType -> numpy's type."""
 PARTS = ("copy_in", "compute", "copy_out")
 """What a call of the GPU consists of."""
-PRECISIONS = {"float": "fp32", "fp32": "fp32", "half": "fp16", "fp16": "fp16", "int8": "int8", "uint8": "uint8"}
-"""Words for a tensor's type in the engine inspector's JSON -> what edgeres calls it."""
 
 
 @dataclass
@@ -47,19 +47,29 @@ class TensorRtRunner(Runner):
 
     Copies of a piece overlap the computation of the one before. Threads may share a runner; they take turns. With
     ``cuda_graph``, which needs cuda-python, calls after the first of a batch size replay what that one queued.
+    ``dla_core`` is where the parts of the plan that were built for DLA run. ``version_compatible`` lets the plan bring
+    code of its own, the runtime of the version that built it: for plans from a source that is trusted.
     """
 
-    def __init__(self, path: Path, executor: str = "tensorrt", cuda_graph: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        executor: str = "tensorrt",
+        cuda_graph: bool = False,
+        dla_core: int | None = None,
+        version_compatible: bool = False,
+    ) -> None:
         self._trt = load_library(executor)
         self._log = logger(self._trt)
         self._lock = threading.RLock()
-        self._cuda_graph = cuda_graph
+        self._cuda_graph, self._dla_core, self._version_compatible = cuda_graph, dla_core, version_compatible
         self._runtime: Any = None
         self._engine: Any = None
         self._context: Any = None
         self._slots: list[_Slot] = []
         self._images = 0  # the batch size that the execution context is set to
         self._split: dict[str, float] | None = None
+        self._profiled = False
         try:
             plan = path.read_bytes()
         except OSError as error:
@@ -79,7 +89,7 @@ class TensorRtRunner(Runner):
             self._runtime = trt.Runtime(self._log)
         except TypeError as error:  # what pybind11 makes of a constructor that returned nothing
             raise BuildError("TensorRT cannot start", evidence=self._log.errors() or str(error)) from error
-        self._runtime.engine_host_code_allowed = True  # plans for later versions bring their own runtime
+        self._set_up(self._runtime)
         self._engine = engine = self._given(
             self._runtime.deserialize_cuda_engine(plan),
             f"load {path}",
@@ -96,13 +106,14 @@ class TensorRtRunner(Runner):
         self.dtype, result_dtype = self._dtype(self._input), self._dtype(self._output)
         images, *rest = engine.get_tensor_shape(self._input)
         self._image, self._logits = tuple(rest), tuple(engine.get_tensor_shape(self._output))[1:]
-        if len(rest) != 3 or rest[0] != 3 or rest[1] != rest[2] or min(*rest, *self._logits) < 1:
+        pixels_alike = len(rest) == 3 and rest[0] == 3 and rest[1] == rest[2] and min(rest) > 0
+        if not pixels_alike or self._logits[1:] not in ((), (1, 1)) or min(self._logits, default=0) < 1:
             raise BuildError(f"{path} is no classifier", evidence=f"{(images, *rest)} -> (N, {self._logits})")
         self.input_size = rest[1]
         self.batch = None if images < 0 else images
         # profile 0 is the only one that edgeres builds, and what a first context starts with
         shapes = engine.get_tensor_profile_shape(self._input, 0) if self.batch is None else [[images]] * 3
-        self._smallest, self._largest = shapes[0][0], shapes[2][0]
+        self._smallest, self.usual, self._largest = (shape[0] for shape in shapes)
         self._context = self._given(engine.create_execution_context(), "create an execution context")
         for _ in range(2 if self.batch is None else 1):
             source = cuda.host((self._largest, *self._image), self.dtype)
@@ -110,10 +121,27 @@ class TensorRtRunner(Runner):
             addresses = [cuda.device(array.nbytes) for array in (source, result)]
             self._slots.append(_Slot(cuda.stream(), [cuda.event() for _ in range(4)], source, result, *addresses))
 
+    def _set_up(self, runtime: Any) -> None:
+        """What must be said before a plan is loaded."""
+        if self._version_compatible:
+            try:
+                runtime.engine_host_code_allowed = True
+            except AttributeError as error:  # 8.5
+                raise UsageError(f"TensorRT {self._trt.__version__} has no version-compatible plans") from error
+        if self._dla_core is not None:
+            cores = getattr(runtime, "num_DLA_cores", 0) or 0
+            if not 0 <= self._dla_core < cores:
+                raise BuildError(
+                    f"there is no DLA core {self._dla_core}",
+                    evidence=f"TensorRT {self._trt.__version__} sees {cores} of them here",
+                    hint="Jetson AGX Orin, Orin NX and both Xavier have some; TensorRT 10.8 to 11.3 does not use them",
+                )
+            runtime.DLA_core = self._dla_core
+
     def _dtype(self, tensor: str) -> np.dtype[Any]:
         found = self._engine.get_tensor_dtype(tensor)
         for name, dtype in DTYPES.items():
-            if found == getattr(self._trt.DataType, name):
+            if found == getattr(self._trt.DataType, name, None):
                 return np.dtype(dtype)
         raise BuildError(f"tensor {tensor} is of type {found}", hint=f"edgeres runs {', '.join(DTYPES)}")
 
@@ -135,13 +163,57 @@ class TensorRtRunner(Runner):
             finally:
                 self._split = None
 
-    def inspect(self) -> dict[str, Any]:
-        """What the library tells about the layers of the plan; details as `Options` of the build asked for."""
+    def inspect(self) -> list[Any]:
+        """The plan's layers as the library tells them, at the usual batch; details if the build asked for them."""
         with self._lock:
             cuda = self._opened()
             with cuda.current():
+                if not self._images:  # without shapes, formats are "N/A due to dynamic shapes"
+                    self._set_images(cuda, self.usual)
                 inspector = self._given(self._engine.create_engine_inspector(), "create an inspector")
-                return json.loads(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
+                inspector.execution_context = self._context
+                text = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
+                del inspector  # it holds the engine, and an error below would hold it
+        try:
+            return raw_layers(json.loads(text, strict=False), "what TensorRT tells of this plan")
+        except (ValueError, InputError) as error:  # 9.0 writes broken JSON (trex, known issues)
+            raise BuildError("TensorRT does not tell the plan's layers", evidence=str(error)) from error
+
+    def profile(self, pixels: np.ndarray, runs: int = 20) -> dict[str, float]:
+        """Median milliseconds of each layer over ``runs`` of ``infer(pixels)``; in all more than without looking.
+
+        Empty if the library tells nothing. Every layer is waited for, so this says what a layer costs beside others,
+        not how fast the engine is.
+        """
+        if runs < 1:
+            raise UsageError(f"{runs} runs to profile")
+        with self._lock:
+            cuda = self._opened()
+            try:
+                self._profiled = True
+                self.infer(pixels)  # memory, and kernels that load when they are first used
+                profiler = _profiler(self._trt)
+                self._context.profiler = profiler
+                passes = []
+                for _ in range(runs):
+                    profiler.ms = {}
+                    self.infer(pixels)
+                    passes.append(profiler.ms)
+            finally:
+                self._profiled = False
+                with cuda.current():
+                    self._renew_context(cuda)
+        return {name: statistics.median(ms[name] for ms in passes if name in ms) for name in passes[0]}
+
+    def _renew_context(self, cuda: Cuda) -> None:
+        """A context keeps its profiler: take another. The old one goes first, as TensorRT 8 shares no profile."""
+        self._drop_graphs(cuda)
+        self._images, self._context = 0, None
+        try:
+            self._context = self._given(self._engine.create_execution_context(), "create an execution context")
+        except BuildError:
+            self.close()
+            raise
 
     def close(self) -> None:
         with self._lock:
@@ -179,7 +251,7 @@ class TensorRtRunner(Runner):
 
     def _pieces(self, cuda: Cuda, pixels: np.ndarray) -> np.ndarray:
         logits = np.empty((len(pixels), *self._logits), self._slots[0].result.dtype)
-        slots = self._slots[:1] if self._split is not None else self._slots
+        slots = self._slots[:1] if self._split is not None or self._profiled else self._slots
         queued: deque[tuple[_Slot, np.ndarray]] = deque()
         for i, start in enumerate(range(0, len(pixels), self._largest)):
             if len(queued) == len(slots):
@@ -225,7 +297,8 @@ class TensorRtRunner(Runner):
             self._given(context.execute_async_v3(handle), "run")
 
         # TensorRT finishes its setting up in the first call of a shape; TensorRT-RTX may say that it has not yet
-        if not self._cuda_graph or first or not getattr(context, "is_stream_capturable", lambda _: True)(handle):
+        plain = first or self._profiled or not self._cuda_graph
+        if plain or not getattr(context, "is_stream_capturable", lambda _: True)(handle):
             enqueue()
             return
         graphs = cast(CudaPython, cuda)
@@ -270,59 +343,37 @@ class TensorRt:
 
     name: str
 
-    def load(self, path: Path) -> TensorRtRunner:
-        return TensorRtRunner(path, self.name)
+    def load(self, path: Path, **settings: Any) -> TensorRtRunner:
+        """Load the plan at ``path``; ``settings`` are those of `TensorRtRunner`."""
+        return TensorRtRunner(path, self.name, **settings)
 
     def version(self) -> str:
         return str(load_library(self.name).__version__)
 
-    def audit(self, path: Path, precision: str) -> Fusion:
-        runner = self.load(path)
+    def audit(self, path: Path, precision: str, **settings: Any) -> fusion.Fusion:
+        runner = self.load(path, **settings)
         with runner:
-            return fusion(runner.inspect()["Layers"], precision)
+            return fusion.audit(runner.inspect(), precision).fusion()
+
+    def examine(self, path: Path, **settings: Any) -> tuple[list[Any], dict[str, float]]:
+        """The plan's layers, and milliseconds that each takes for the usual batch of zeros. Raises `BuildError`."""
+        runner = self.load(path, **settings)
+        with runner:
+            pixels = np.zeros((runner.usual, 3, runner.input_size, runner.input_size), runner.dtype)
+            return runner.inspect(), runner.profile(pixels)
 
 
-def fusion(layers: list[Any], precision: str) -> Fusion:
-    """What the engine inspector's ``layers`` say: names only, or objects with types, as TensorRT 10 or 11 writes them.
+def _profiler(trt: Any) -> Any:
+    """An IProfiler: ``ms`` has the time of each layer since it was emptied, in the order of execution."""
 
-    A convolution that reads a second tensor adds it to its result: that is how a residual connection is fused.
-    """
-    known = [layer for layer in layers if isinstance(layer, dict)]
-    if not known:
-        return Fusion({"layer": len(layers)}, ["the plan holds the names of its layers, not what they run in"])
-    counts = Counter(f"{layer.get('LayerType', '?')} {_computed_in(layer)}".strip() for layer in known)
-    convolutions = [layer for layer in known if _is_convolution(layer)]
-    copies = [layer for layer in known if "reformat" in f"{layer.get('LayerType')} {layer.get('Name')}".lower()]
-    fused = sum(len(layer.get("Inputs", [])) > 1 for layer in convolutions)
-    other = [layer for layer in convolutions if _computed_in(layer) != precision]
-    notes = [
-        f"{len(convolutions) - len(other)} of {len(convolutions)} convolutions are computed in {precision.upper()}, "
-        f"{fused} of them add a residual; {len(copies)} reformats"
-    ]
-    if other:
-        kinds = " and ".join(sorted({_computed_in(layer).upper() or "an unknown type" for layer in other}))
-        notes.append(f"{len(other)} of {len(convolutions)} convolutions are computed in {kinds}, first {_name(other)}")
-    # what reads FP32 computes in it, except for a copy that turns it into something else
-    single = [layer for layer in known if layer not in [*convolutions, *copies] and _computed_in(layer) == "fp32"]
-    if precision != "fp32" and single:
-        notes.append(f"{len(single)} other layers are computed in FP32, first {_name(single)}")
-    if len(known) < len(layers):
-        notes.append(f"{len(layers) - len(known)} layers are known by name only")
-    return Fusion(dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))), notes)
+    class Profiler(trt.IProfiler):  # type: ignore[misc]
+        """What TensorRT calls."""
 
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+            self.ms: dict[str, float] = {}
 
-def _is_convolution(layer: dict[str, Any]) -> bool:
-    return layer.get("ParameterType") == "Convolution" or "conv" in str(layer.get("LayerType")).lower()
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.ms[layer_name] = self.ms.get(layer_name, 0.0) + ms
 
-
-def _computed_in(layer: dict[str, Any]) -> str:
-    """Type of a layer's first input, or output if it has none: "Datatype" in TensorRT 11, in words before."""
-    tensor: dict[str, Any] = next(iter([*layer.get("Inputs", []), *layer.get("Outputs", [])]), {})
-    keys = sorted(tensor, key=lambda key: "format" in key.lower())  # the type itself before a format that mentions one
-    text = " ".join(str(tensor[key]) for key in keys if re.search("format|datatype", key, re.IGNORECASE))
-    words = re.findall(r"\w+", text.lower())
-    return next((PRECISIONS[word] for word in words if word in PRECISIONS), "")
-
-
-def _name(layers: list[dict[str, Any]]) -> str:
-    return str(layers[0].get("Name", "?"))
+    return Profiler()
