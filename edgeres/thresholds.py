@@ -23,7 +23,7 @@ with 4 to 8 at 255 (DECISIONS.md)."""
 PERCENTILE = 99.999
 """Share of values that ``percentile`` keeps on each side, in percent, where its name says no other."""
 SHRINK = np.linspace(1.0, 0.5, 51, dtype=np.float32)
-"""Shares of the largest weight that ``least_squares`` tries. Of equally good ones the first is taken."""
+"""Shares of the largest weight that ``least_squares`` tries."""
 PIECE = 1 << 15
 """Weights looked at together, so that they stay in the processor's cache."""
 
