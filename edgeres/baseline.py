@@ -36,7 +36,7 @@ def export(job: Job, output: Path | None = None) -> Path:
     preprocess = with_defaults(job.recipe, record.preprocess) if record else job.recipe.preprocess
     path = weights.locate(section.weights, section.depth, section.variant)
     if path.suffix == ".onnx":  # published as ONNX only
-        return import_model(job, path, preprocess, output, section.weights)
+        return import_model(job, path, preprocess, output, section.weights, record.license if record else None)
     with busy(f"load {path.name}"):
         checkpoint = weights.load_checkpoint(path, Path(section.weights).name)
         model = weights.load_model(checkpoint, section.variant, section.classes, section.depth)
@@ -50,7 +50,11 @@ def export(job: Job, output: Path | None = None) -> Path:
                 "depth": section.depth,
                 "variant": section.variant,
                 "variant_check": vars(fit) if fit else None,
-                "weights": {"source": checkpoint.source, "sha256": checkpoint.sha256},
+                "weights": {
+                    "source": checkpoint.source,
+                    "sha256": checkpoint.sha256,
+                    **({"license": record.license} if record else {}),
+                },
             },
             opset=section.opset,
             batch=section.batch,
@@ -83,11 +87,16 @@ def check_variant(job: Job, checkpoint: Checkpoint, pixels: np.ndarray) -> Ident
 
 
 def import_model(
-    job: Job, path: Path, preprocess: Preprocess, output: Path | None = None, source: str | None = None
+    job: Job,
+    path: Path,
+    preprocess: Preprocess,
+    output: Path | None = None,
+    source: str | None = None,
+    license_: str | None = None,
 ) -> Path:
     """A foreign ONNX file -> FP32 ONNX in normal form, its output compared with the original's.
 
-    ``source`` is what the user calls the weights, if not by the file's name.
+    ``source`` is what the user calls the weights, if not by the file's name; ``license_`` what they are under.
     """
     from edgeres.foreign import import_onnx
 
@@ -99,7 +108,8 @@ def import_model(
             path, preprocess, opset=section.opset, batch=section.batch, images=images, seed=job.recipe.seed
         )
     record = graph.metadata(proto)
-    graph.set_metadata(proto, {**record, "weights": {**record["weights"], "source": source or path.name}})
+    known = {"source": source or path.name, **({"license": license_} if license_ else {})}
+    graph.set_metadata(proto, {**record, "weights": {**record["weights"], **known}})
     return _save_model(job, proto, output)
 
 

@@ -1,42 +1,374 @@
-"""Latency of several runners, measured in turn, so that drift of the machine meets them all alike."""
+"""Latency and throughput of several runners, measured in turn, so that drift of the machine meets them all alike."""
 
 from __future__ import annotations
 
+import itertools
+import os
+import statistics
+import threading
 import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgeres.progress import bar
+from edgeres import machine, sensors
+from edgeres.errors import UsageError
+from edgeres.latency import SCATTER, describe, doubts, speedup, summary
+from edgeres.progress import say
 from edgeres.runners import Runner
 
+__all__ = ["PRESETS", "Plan", "Preset", "latency", "measure", "summary"]
+
+FORMAT = "edgeres benchmark 1"
 WARM_UP = 5
+"""Rounds that are not counted, at least."""
 SAMPLES = 200
-"""Per runner: enough that p99 is not the maximum."""
+"""Per runner, at least: enough for p99."""
+SECONDS = 3.0
+"""That each runner works, at least; a tenth of it before that, to warm up."""
+PATIENCE = 20
+"""No runner is measured for longer than so many times its seconds, whatever `SAMPLES` says."""
+MOST = 20_000
+"""Rounds, at most: enough for p99.9, ten times over."""
+SWEEP_SAMPLES = 30
+"""Per runner and further batch of a sweep: enough for a median."""
+SLICE = 0.25
+"""Seconds that the streams of one runner work before it is the next one's turn."""
+SPLITS = 50
+"""Calls that are looked into for how they split up."""
+ENQUEUE_BOUND = 0.8
+"""Share of the GPU's time from which on queueing the work holds it up (NVIDIA/TensorRT: sampleReporting.cpp)."""
 
 
-def latency(runners: dict[str, Runner], pixels: np.ndarray, samples: int | None = None) -> dict[str, np.ndarray]:
+@dataclass(frozen=True)
+class Preset:
+    """How trtexec measures an engine unless told otherwise, as far as its report depends on it.
+
+    It lets one engine work alone, ``warm_up`` seconds that do not count, then 3 s and ``samples`` calls at least. Its
+    latency is the GPU's time for computation and, with ``transfers``, for copies in and out; host time is not in it.
+    ``scatter``: the percentage from which on it calls computation unstable, 1 before 10.13.2. Its averages of 10 runs
+    are lines of its log; percentiles are of all calls. Sources are NVIDIA/TensorRT's samples/common/sampleOptions.h,
+    sampleInference.cpp and sampleReporting.cpp.
+
+    Two things stay different, which change throughput and hardly latency: trtexec has two calls under way at a time,
+    and its thread sleeps (10) or spins (11) until they are done, where CUDA decides here.
+    """
+
+    transfers: bool
+    cuda_graph: bool
+    scatter: float = 2.5
+    warm_up: float = 0.2
+    samples: int = 10
+
+
+PRESETS = {
+    "edgeres": None,
+    "trtexec-10": Preset(transfers=True, cuda_graph=False),
+    "trtexec-11": Preset(transfers=False, cuda_graph=True),
+}
+"""From 11 on, trtexec copies nothing and launches a CUDA graph unless told otherwise (sampleOptions.cpp)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure: ``batches``, the first in full and the others as a sweep; ``streams`` at a time; as a preset.
+
+    ``batches``: empty, all images that there are. ``seconds``: that each runner works, at least (`SECONDS`).
+    """
+
+    batches: tuple[int, ...] = ()
+    streams: int = 1
+    preset: str = "edgeres"
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        for wrong, what in (
+            (min(self.batches, default=1) < 1, f"a batch of {min(self.batches, default=1)} images"),
+            (len(set(self.batches)) < len(self.batches), f"batches {self.batches} repeat themselves"),
+            (self.streams < 1, f"{self.streams} streams"),
+            (self.seconds is not None and not 0 < self.seconds < float("inf"), f"{self.seconds} seconds to measure"),
+            (self.preset not in PRESETS, f"no preset {self.preset!r}; there are {', '.join(PRESETS)}"),
+        ):
+            if wrong:
+                raise UsageError(what)
+        if PRESETS[self.preset] and self.streams > 1:
+            raise UsageError(
+                f"preset {self.preset} is for one stream",
+                evidence="streams take turns at an engine here; those of trtexec do not",
+                hint="leave out --streams or --preset",
+            )
+
+
+@dataclass
+class Times:
+    """What was measured of one runner: milliseconds of each round's calls, their number, seconds that passed."""
+
+    rounds: list[list[float]] = field(default_factory=list)
+    samples: int = 0
+    seconds: float = 0.0
+
+    def add(self, calls: list[float], seconds: float) -> None:
+        """Another round."""
+        self.rounds.append(calls)
+        self.samples += len(calls)
+        self.seconds += seconds
+
+    @property
+    def all(self) -> np.ndarray:
+        """Every call, in order."""
+        return np.concatenate(self.rounds)
+
+    @property
+    def by_round(self) -> np.ndarray:
+        """The median call of each round."""
+        return np.asarray([statistics.median(calls) for calls in self.rounds])
+
+
+Turn = Callable[[], tuple[list[float], float]]
+"""A runner's part of a round: milliseconds of each call, and seconds that passed."""
+
+
+def latency(runners: Mapping[str, Runner], pixels: np.ndarray, samples: int | None = None) -> dict[str, np.ndarray]:
     """Wall time of ``infer(pixels)`` in ms, ``samples`` (`SAMPLES`) per runner, after a warm-up that is not counted.
 
     Each runner gets pixels in the type it takes.
     """
-    samples = samples or SAMPLES
-    ready = {name: runner.prepare(pixels) for name, runner in runners.items()}
-    times: dict[str, list[float]] = {name: [] for name in runners}
-    with bar("measure latency", samples, "rounds") as step:
-        for i in range(WARM_UP + samples):
-            for name, runner in runners.items():
-                start = time.perf_counter()
-                runner.infer(ready[name])
-                times[name].append(1e3 * (time.perf_counter() - start))
-            if i >= WARM_UP:
-                step()
-    return {name: np.asarray(values[WARM_UP:]) for name, values in times.items()}
+    rounds = samples or SAMPLES
+    turns = {name: _call(runner, pixels) for name, runner in runners.items()}
+    say(f"measure latency of {', '.join(runners)}: {rounds} rounds")
+    _in_turn(turns, lambda times: len(times[0].rounds) >= WARM_UP)
+    times = _in_turn(turns, lambda times: len(times[0].rounds) >= rounds)
+    return {name: each.all for name, each in times.items()}
 
 
-def summary(milliseconds: np.ndarray, batch: int) -> dict[str, Any]:
-    """p50, p90 and p99 in ms, by trtexec's rule: the sample at n - 1 - int((1 - p/100) n), no interpolation."""
-    ordered = np.sort(milliseconds)
-    n = len(ordered)
-    percentiles = {f"p{p}": round(float(ordered[n - 1 - (100 - p) * n // 100]), 4) for p in (50, 90, 99)}
-    return {**percentiles, "batch": batch, "samples": n}
+def measure(
+    runners: Mapping[str, Runner | Sequence[Runner]], pixels: np.ndarray, plan: Plan | None = None
+) -> dict[str, Any]:
+    """The benchmark record of ``runners``, compared with the first.
+
+    A runner is one that all streams share, or one for each. ``pixels`` are normalized float32 (N, 3, H, W), N at least
+    the largest batch. Raises `UsageError` for what cannot be measured.
+    """
+    plan = plan or Plan()
+    sides = {name: _per_stream(runner, plan.streams) for name, runner in runners.items()}
+    for name, side in sides.items():
+        _refuse_preset(name, side[0], plan.preset)
+    first, *more = plan.batches or (len(pixels),)
+    if (most := max([first, *more])) > len(pixels):
+        raise UsageError(f"a batch of {most}, and {len(pixels)} images to make it of")
+    before = sensors.conditions()
+    records, faster = _measure(sides, pixels[:first], plan)
+    threads = _threads()
+    sweep = [{"batch": first, "runners": _brief(records)}] if more else []
+    for batch in more:
+        at, _ = _measure(sides, pixels[:batch], plan, SWEEP_SAMPLES)
+        sweep.append({"batch": batch, "runners": _brief(at)})
+    after = sensors.conditions(since=before)
+    changes = sensors.changed(before, after)
+    for record in records.values():
+        record["stable"] = record["stable"] and not changes
+    _add_energy(records, sides, pixels[:first], plan.seconds or SECONDS)
+    affinity = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    return {
+        "format": FORMAT,
+        "batch": first,
+        "streams": plan.streams,
+        "preset": plan.preset,
+        "runners": records,
+        "speedup": faster,
+        "sweep": sweep,
+        "conditions": {"before": before, "after": after, "warnings": changes},
+        "machine": {**machine.describe(), "affinity": affinity, "threads": threads},
+    }
+
+
+def _per_stream(runner: Runner | Sequence[Runner], streams: int) -> list[Runner]:
+    if isinstance(runner, Runner):
+        return [runner] * streams
+    if len(runner) != streams:
+        raise UsageError(f"{len(runner)} runners for {streams} streams")
+    return list(runner)
+
+
+def _refuse_preset(name: str, runner: Runner, preset: str) -> None:
+    """Raise `UsageError` if ``runner`` cannot be measured by ``preset``."""
+    if PRESETS[preset] and not hasattr(runner, "split"):
+        raise UsageError(
+            f"preset {preset} is what trtexec measures on a GPU",
+            evidence=f"{name} runs on the CPU: nothing is copied in or out, and there is no GPU to time",
+            hint="leave out --preset",
+        )
+
+
+def _measure(
+    sides: dict[str, list[Runner]], pixels: np.ndarray, plan: Plan, samples: int | None = None
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """A record per runner, and how much faster each is than the first, at one batch size."""
+    preset, seconds = PRESETS[plan.preset], plan.seconds or SECONDS
+    least = samples or (preset.samples if preset else SAMPLES)
+    warm_up = preset.warm_up if preset else seconds / 10
+    splits: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    turns = {name: _turn(side, pixels, preset, splits[name]) for name, side in sides.items()}
+    times: dict[str, Times] = {}
+
+    def warm(each: list[Times]) -> bool:
+        return len(each[0].rounds) >= WARM_UP and min(t.seconds for t in each) >= warm_up
+
+    def done(each: list[Times]) -> bool:
+        spent, rounds = [t.seconds for t in each], len(each[0].rounds)
+        enough = min(spent) >= seconds and min(t.samples for t in each) >= least
+        return rounds >= WARM_UP and (enough or rounds >= MOST or max(spent) >= PATIENCE * seconds)
+
+    # one line and no spinner: what it draws would be measured too
+    say(f"measure {', '.join(sides)} at batch {len(pixels)}: {seconds:g} s of each, and {least} calls, at least")
+    # trtexec leaves the GPU and its caches to one engine; otherwise a round has every runner's turn
+    for group in [{name: turn} for name, turn in turns.items()] if preset else [turns]:
+        _in_turn(group, warm)
+        for name in group:
+            splits[name].clear()
+        times |= _in_turn(group, done)
+    if not preset:
+        for name, (runner, *_) in sides.items():
+            if hasattr(runner, "split"):
+                ready = runner.prepare(pixels)
+                splits[name] = [runner.split(ready) for _ in range(SPLITS)]
+    records = {name: _record(t, len(pixels), preset, least, splits[name]) for name, t in times.items()}
+    for name, side in sides.items():
+        if side[0].batch not in (None, len(pixels)):
+            records[name]["warnings"].append(f"computes {side[0].batch} images a call, whatever the batch")
+    first, *others = times.values()
+    names = list(times)[1:]
+    if preset:
+        return records, {n: speedup(first.all, t.all, paired=False) for n, t in zip(names, others, strict=True)}
+    return records, {n: speedup(first.by_round, t.by_round) for n, t in zip(names, others, strict=True)}
+
+
+def _record(
+    times: Times, batch: int, preset: Preset | None, least: int, splits: list[dict[str, float]]
+) -> dict[str, Any]:
+    """What is kept of one runner."""
+    parts = {part: statistics.median(s[part] for s in splits) for part in splits[0]} if splits else {}
+    enqueue = parts.pop("enqueue", None)
+    judged = np.asarray([s["compute"] for s in splits]) if preset else times.all
+    found = doubts(judged, preset.scatter if preset else SCATTER)
+    warnings = list(found)
+    if times.samples < least:
+        warnings.append(f"{times.samples} samples in {times.seconds:.0f} s, {least} wanted: calls take long")
+    if enqueue is not None and enqueue > ENQUEUE_BOUND * parts["compute"]:
+        share = f"{enqueue:.3g} of {parts['compute']:.3g} ms"
+        warnings.append(f"bound by queueing work, not by the GPU ({share}): a CUDA graph may help")
+    copies = {"in": parts.get("copy_in", 0.0), "out": parts.get("copy_out", 0.0)}
+    for way, ms in copies.items() if preset is None or preset.transfers else ():
+        if parts and ms >= parts["compute"]:
+            warnings.append(f"bound by copies {way}, not by computation ({ms:.3g} and {parts['compute']:.3g} ms)")
+    return {
+        **describe(times.all, batch * times.samples, times.seconds),
+        "stable": not found,
+        "warnings": warnings,
+        "split": {part: round(ms, 4) for part, ms in parts.items()} or None,
+        "enqueue": None if enqueue is None else round(enqueue, 4),
+        "energy": None,
+    }
+
+
+def _brief(records: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What a sweep keeps."""
+    return {name: {key: r[key] for key in ("p50", "images_per_second")} for name, r in records.items()}
+
+
+def _in_turn(turns: Mapping[str, Turn], done: Callable[[list[Times]], bool]) -> dict[str, Times]:
+    """Rounds in which each of ``turns`` comes once, until ``done``."""
+    times = {name: Times() for name in turns}
+    each = list(times.values())
+    while not done(each):
+        for name, turn in turns.items():
+            times[name].add(*turn())
+    return times
+
+
+def _turn(side: list[Runner], pixels: np.ndarray, preset: Preset | None, splits: list[dict[str, float]]) -> Turn:
+    """What a runner, or its streams, do in a round. What a preset splits up is added to ``splits``."""
+    if preset:
+        return _split_call(side[0], pixels, preset.transfers, splits)
+    return _call(side[0], pixels) if len(side) == 1 else _slice(side, pixels)
+
+
+def _call(runner: Runner, pixels: np.ndarray) -> Turn:
+    """One call, by the clock on the wall."""
+    ready = runner.prepare(pixels)
+
+    def turn() -> tuple[list[float], float]:
+        start = time.perf_counter()
+        runner.infer(ready)
+        seconds = time.perf_counter() - start
+        return [1e3 * seconds], seconds
+
+    return turn
+
+
+def _split_call(runner: Any, pixels: np.ndarray, transfers: bool, splits: list[dict[str, float]]) -> Turn:
+    """One call, by the GPU's clock."""
+    ready = runner.prepare(pixels)
+
+    def turn() -> tuple[list[float], float]:
+        start = time.perf_counter()
+        split = runner.split(ready)
+        seconds = time.perf_counter() - start
+        splits.append(split)
+        parts = ("copy_in", "compute", "copy_out") if transfers else ("compute",)
+        return [sum(split[part] for part in parts)], seconds
+
+    return turn
+
+
+def _slice(side: list[Runner], pixels: np.ndarray) -> Turn:
+    """As many calls in each stream as fit `SLICE`, streams at the same time, from the first start to the last end."""
+    ready, calls = side[0].prepare(pixels), 1
+    together = threading.Barrier(len(side))
+
+    def stream(runner: Runner, times: int) -> list[float]:
+        marks = []
+        together.wait()
+        for _ in range(times):
+            marks.append(time.perf_counter())
+            runner.infer(ready)
+        return [*marks, time.perf_counter()]
+
+    def turn() -> tuple[list[float], float]:
+        nonlocal calls
+        with ThreadPoolExecutor(len(side)) as pool:
+            marks = list(pool.map(stream, side, [calls] * len(side)))
+        seconds = max(m[-1] for m in marks) - min(m[0] for m in marks)
+        found = [1e3 * (end - start) for m in marks for start, end in itertools.pairwise(m)]
+        calls = max(calls, round(calls * SLICE / seconds)) if seconds else calls
+        return found, seconds
+
+    return turn
+
+
+def _add_energy(
+    records: dict[str, dict[str, Any]], sides: dict[str, list[Runner]], pixels: np.ndarray, seconds: float
+) -> None:
+    """What an image costs while each runner works alone, after all have rested; None where no sensor tells."""
+    rest = None
+    for name, side in sides.items():
+        turn, calls, spent = _turn(side, pixels, None, []), 0, 0.0
+        with sensors.energy(gpu=hasattr(side[0], "split"), idle_watts=rest) as meter:
+            while meter is not None and spent < seconds:
+                times, took = turn()
+                calls, spent = calls + len(times), spent + took
+        if meter is not None:
+            rest = meter.idle_watts
+            records[name]["energy"] = meter.record(calls * len(pixels))
+
+
+def _threads() -> int | None:
+    """Threads of this process, the executors' among them, where Linux tells."""
+    try:
+        return len(list(Path("/proc/self/task").iterdir()))
+    except OSError:
+        return None

@@ -22,7 +22,20 @@ from edgeres.targets import Target
 
 FORMAT = "edgeres engine 1"
 RECORD = "engine.json"
-COPIED = ("depth", "variant", "classes", "batch", "preprocess", "io", "quantization", "chosen", "kept_fp32", "dla")
+COPIED = (
+    "depth",
+    "variant",
+    "classes",
+    "batch",
+    "preprocess",
+    "io",
+    "quantization",
+    "chosen",
+    "kept_fp32",
+    "dla",
+    "layers",
+    "ranges",
+)
 """What an engine's record says as the typed model's metadata do."""
 
 
@@ -68,14 +81,15 @@ class Engine:
             )
         return engine
 
-    def open(self) -> Runner:
-        """Load the engine into its executor, if nothing speaks against it."""
+    def open(self, cuda_graph: bool = False) -> Runner:
+        """Load the engine into its executor, if nothing speaks against it. ``cuda_graph`` is for TensorRT."""
         name, options = self.record["executor"], self.record.get("options", {})
         settings: dict[str, Any] = {}
         if name in trt.EXECUTORS:
             self.check_version(executor(name).version())
             self.check_gpu()
-            settings = {key: options[key] for key in ("dla_core", "version_compatible") if options.get(key)}
+            settings = {key: options.get(key) for key in ("dla_core", "version_compatible")}
+            settings["cuda_graph"] = cuda_graph
         runner = open_runner(self.path, name, **settings)
         runner.preprocess = Preprocess.from_json(self.record["preprocess"])
         return runner

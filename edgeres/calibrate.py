@@ -61,6 +61,21 @@ class TensorRange:
         """Bin edges (2 BINS + 1,)."""
         return np.linspace(-self.limit, self.limit, 2 * BINS + 1)
 
+    def bars(self, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """The histogram for people, without empty ends -> counts (n,) and edges (n + 1,).
+
+        At most ``most`` bars on each side of zero.
+        """
+        used = int(np.flatnonzero(self.histogram + self.histogram[::-1])[-1]) + 1 - BINS  # bins on the wider side
+        merge = max(1, -(-used // most))
+        side = -(-used // merge)
+        padded = np.pad(self.histogram, merge)  # counted from zero outward, and the last may reach beyond the bins
+        middle = BINS + merge
+        counts = padded[middle - side * merge : middle + side * merge].reshape(-1, merge).sum(1)
+        edges = np.arange(-side, side + 1) * (merge * self.limit / BINS)
+        filled = np.flatnonzero(counts)
+        return counts[filled[0] : filled[-1] + 1], edges[filled[0] : filled[-1] + 2]
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; the histogram's counts as zlib-compressed little-endian uint64, in base64."""
         packed = base64.b64encode(zlib.compress(self.histogram.astype("<u8").tobytes(), 9)).decode()

@@ -2,107 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import functools
-import sys
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
-from rich.console import Console
 
 import edgeres
 from edgeres import progress
-from edgeres.errors import EdgeresError, UsageError
-from edgeres.options import OPTIONS, PATH
-from edgeres.recipe import AUTO, find_workspace, load_recipe
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-CANNOT_WRITE = {errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS}
-
-
-class Failure(click.ClickException):
-    """An `EdgeresError` on its way out: cause, evidence, next step; no traceback."""
-
-    def __init__(self, error: EdgeresError) -> None:
-        super().__init__(error.cause)
-        self.error = error
-        self.exit_code = error.exit_code  # type: ignore[misc]
-
-    def show(self, file: Any = None) -> None:
-        click.secho(f"Error: {self.error.cause}", fg="red", err=True)
-        for line in self.error.evidence.splitlines():
-            click.echo(f"  {line}", err=True)
-        if self.error.hint:
-            click.echo(f"Next: {self.error.hint}", err=True)
-
-
-class Commands(click.Group):
-    """The one place where edgeres' errors become exit statuses; a bug keeps its traceback."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except EdgeresError as error:
-            raise Failure(error) from error
-        except OSError as error:
-            if error.errno not in CANNOT_WRITE:
-                raise
-            cause = f"cannot write {error.filename or 'a file'}"
-            hint = "make room there, or write elsewhere with -o or from another workspace"
-            raise Failure(EdgeresError(cause, evidence=error.strerror or "", hint=hint)) from error
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)  # in the order of the flow, not of the alphabet
-
-
-def command(*names: str, parent: click.Group | None = None) -> Callable[[F], Any]:
-    """A command with the named `OPTIONS`, --json and --quiet, called with ``show(value, *renderables)``."""
-
-    def decorate(function: F) -> Any:
-        @functools.wraps(function)
-        def wrapper(as_json: bool, quiet: bool, **kwargs: Any) -> Any:
-            def show(value: Any, *renderables: Any) -> None:
-                from edgeres.files import to_json
-
-                if as_json:
-                    click.echo(to_json(value, indent=1))
-                else:
-                    # a pipe has no width of its own: never cut a table to guess one
-                    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-                    for item in renderables:
-                        console.print(item)
-
-            with progress.to(None if quiet else Console(stderr=True)):
-                return function(show=show, **kwargs)
-
-        # the outermost decorator is the first line of --help
-        decorated: Any = click.option("--quiet", is_flag=True, help="No progress on stderr.")(wrapper)
-        decorated = click.option("--json", "as_json", is_flag=True, help="Result as JSON on stdout.")(decorated)
-        for name in reversed(names):
-            decorated = OPTIONS[name](decorated)
-        return (parent or cli).command(decorated.__name__.rstrip("_").replace("_", "-"))(decorated)
-
-    return decorate
-
-
-def job(recipe: Path | None = None, model: Path | None = None, skip_bad: bool = False, force: bool = False) -> Any:
-    """Workspace, recipe and flags -> `pipeline.Job`."""
-    from edgeres.job import Job
-
-    root = find_workspace(recipe.parent if recipe else Path.cwd())
-    asked = load_recipe(root, recipe, click.get_current_context().meta.get("flags"))
-    if asked.engine.target == AUTO:
-        from edgeres import doctor
-
-        target = doctor.detect(doctor.gather())
-        progress.say(f"target auto is {target} here")
-        asked = replace(asked, engine=replace(asked.engine, target=target))
-    return Job(asked, root, model, skip_bad, force)
+from edgeres.command import Commands, command_of, job
+from edgeres.errors import UsageError
+from edgeres.options import PATH
+from edgeres.recipe import find_workspace
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -114,6 +25,7 @@ def cli() -> None:
     """
 
 
+command = functools.partial(command_of, cli)
 NETWORK = ("depth", "variant", "weights")
 EXPORT = ("input-size", "resize", "opset", "batch", "calibration", "seed", "skip-bad")
 MEASURE = ("model", "calibration", "equalize", "calibration-limit", "seed", "skip-bad", "force")
@@ -208,23 +120,94 @@ def build_engine(show: Any, output: Path | None, **options: Any) -> None:
     show({"engine": str(engine.path), **engine.record}, str(engine.path))
 
 
-@command("depth", "variant", "precision", "target", "model", "data", "labels", "limit", "max-drop", "seed", "skip-bad")
+JUDGE = ("data", "limit", "max-drop", "min-relative", "accepted", "seed", "skip-bad")
+
+
+@command("depth", "variant", "precision", "target", "model", "labels", *JUDGE, "shard")
 @click.argument("engines", nargs=-1, type=PATH)
-def validate(show: Any, engines: tuple[Path, ...], **options: Any) -> None:
+def validate(show: Any, engines: tuple[Path, ...], shard: str | None, **options: Any) -> None:
     """Engines against the FP32 baseline: accuracy, latency.
 
-    Without ENGINES, the workspace's engine for --precision and --target. Exit status 1 if --max-drop or the recipe's
-    budget is not shown to be met.
+    Without ENGINES, the workspace's engine for --precision and --target. A run that was cut short goes on. Exit status
+    1 if --max-drop or the recipe's budget is not shown to be met.
     """
     from edgeres import pipeline
     from edgeres.build import Engine
+    from edgeres.validate import Shard
+
+    work = job(**options)
+    part = Shard.parse(shard) if shard else None
+    loaded = [Engine.load(path) for path in engines or (work.folder,)]
+    _show_results(show, pipeline.validate_engines(work, loaded, part), as_list=len(loaded) > 1)
+
+
+def _batches(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[int, ...]:
+    """Batch sizes from a list such as 1,8,32."""
+    try:
+        return tuple(int(number) for number in value.split(",")) if value else ()
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not a list of numbers such as 1,8,32") from error
+
+
+@command("depth", "variant", "precision", "target", "model", "data", "labels", "limit", "seed", "output")
+@click.argument("engines", nargs=-1, type=PATH)
+@click.option("--batch", "batches", metavar="LIST", callback=_batches, help="Batch sizes such as 1,8,32; 1.")
+@click.option("--streams", type=int, help="Calls under way at the same time; 1.")
+@click.option(
+    "--preset",
+    type=click.Choice(("edgeres", "trtexec-10", "trtexec-11")),
+    help="Measure as edgeres, or what trtexec reports of the same engine.",
+)
+@click.option("--seconds", type=float, help="That each runner works, at least; 3, of a scenario 600.")
+@click.option(
+    "--scenario",
+    type=click.Choice(("single-stream", "multi-stream", "offline")),
+    help="MLPerf-style run under LoadGen; with --data also accuracy.",
+)
+def benchmark(
+    show: Any,
+    engines: tuple[Path, ...],
+    batches: tuple[int, ...],
+    streams: int | None,
+    preset: str | None,
+    seconds: float | None,
+    scenario: str | None,
+    output: Path | None,
+    **options: Any,
+) -> None:
+    """Engines against FP32 beside them: latency, throughput, energy.
+
+    Without ENGINES, the workspace's engine for --precision and --target. All take turns on random pixels, and what
+    makes the numbers doubtful is said. -o keeps the record as JSON.
+    """
+    from edgeres import lineup, loadgen
+    from edgeres.benchmark import Plan
+    from edgeres.build import Engine
+    from edgeres.files import write_json
+    from edgeres.latency import table
 
     work = job(**options)
     loaded = [Engine.load(path) for path in engines or (work.folder,)]
-    _show_results(show, pipeline.validate_engines(work, loaded), as_list=len(loaded) > 1)
+    said = click.get_current_context().meta.get("flags", {}).get("validation", {})
+    if scenario and (batches or streams or preset):
+        raise UsageError("a scenario has its own batches and streams", hint="leave out --batch, --streams, --preset")
+    if said and not (scenario and "images" in said):
+        hint = "`edgeres validate` judges on images too"
+        raise UsageError("--data, and what goes with it, is for the accuracy of a --scenario", hint=hint)
+    value: Any
+    if scenario:
+        value = loadgen.run(work, loaded, scenario, seconds, real=bool(said))
+        shown = loadgen.table(value)
+    else:
+        plan = Plan(batches, 1 if streams is None else streams, preset or "edgeres", seconds)
+        value = lineup.run(work, loaded, plan)
+        shown = table(value)
+    if output:
+        write_json(output, value)
+    show(value, shown)
 
 
-@command("weights", "calibration", "data", "limit", "max-drop", "seed", "skip-bad", "force", "output")
+@command("weights", "calibration", *JUDGE, "force", "output")
 @click.argument("recipe", type=PATH)
 def run(show: Any, recipe: Path, output: Path | None, **options: Any) -> None:
     """Weights to verdict, from one recipe.
@@ -301,11 +284,89 @@ def demo(show: Any) -> None:
 
 
 @cli.group(cls=Commands)
+def report() -> None:
+    """Look at results, and join those of shards."""
+
+
+@command_of(report, "output")
+@click.argument("results", nargs=-1, required=True, type=PATH)
+def merge(show: Any, results: tuple[Path, ...], output: Path | None) -> None:
+    """Results of all shards -> the result of one run.
+
+    RESULTS are what `edgeres validate --shard` wrote, each with its outcomes beside it. Without -o, to result.json.
+    Exit status 1 if their budget is not shown to be met.
+    """
+    from edgeres import merge as shards
+
+    _show_results(show, [shards.merge(results, output or Path("result.json"), find_workspace(Path.cwd()))], False)
+
+
+@command_of(report, "data", "labels")
+@click.argument("results", nargs=-1, required=True, type=PATH)
+@click.option("--html", type=PATH, help="Write one HTML page that needs nothing beside it.")
+@click.option("--markdown", type=PATH, help="Write Markdown, for a pull request.")
+@click.option("--junit", type=PATH, help="Write JUnit XML: a test case for each budget.")
+def show(show: Any, results: tuple[Path, ...], html: Path | None, markdown: Path | None, junit: Path | None) -> None:
+    """Results side by side, here and as files.
+
+    RESULTS are result.json files, engine folders, and what `edgeres benchmark -o` wrote: the latency of those. The page
+    has pictures of images whose answer changed where they are found: those of --data, or of the workspace.
+    """
+    from edgeres import publish
+    from edgeres.report import shown
+
+    found = publish.read(results)
+    records = [record for record, _ in found]
+    publish.write(found, html, markdown, junit, lambda: _images(job().recipe.validation))
+    show(records, *shown(records))
+
+
+def _images(section: Any) -> Any:
+    """The images that a page may show; None where those of the workspace are not on this machine."""
+    from edgeres.layouts import open_images
+
+    asked = click.get_current_context().meta.get("flags", {}).get("validation", {})
+    if section.images is None or ("images" not in asked and not Path(section.images).exists()):
+        return None
+    return open_images(section.images, section.labels)
+
+
+@command()
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
+def diff(show: Any, a: Path, b: Path) -> None:
+    """What changed from A to B.
+
+    A and B are results, engine folders or engine.json files. Exit status 1 if B is worse beyond noise in top-1 or p50.
+    """
+    from edgeres.diff import diff as compare
+
+    value, shown = compare(a, b)
+    show(value, shown)
+    if value["worse"]:
+        click.get_current_context().exit(1)
+
+
+@command("output")
+@click.argument("result", type=PATH)
+def card(show: Any, result: Path, output: Path | None) -> None:
+    """Model card of a result, in Markdown.
+
+    RESULT is a result.json or an engine folder. Without -o, to card.md.
+    """
+    from edgeres.card import write_card
+
+    path = output or Path("card.md")
+    write_card(result, path)
+    show({"card": str(path)}, str(path))
+
+
+@cli.group(cls=Commands)
 def data() -> None:
     """Look at image sets."""
 
 
-@command("labels", parent=data)
+@command_of(data, "labels")
 @click.argument("source", type=PATH)
 @click.option("--against", type=PATH, help="A set that must not share an image with this one, by content.")
 def check(show: Any, source: Path, against: Path | None) -> None:
@@ -327,7 +388,7 @@ def check(show: Any, source: Path, against: Path | None) -> None:
 def _show_results(show: Any, results: list[dict[str, Any]], as_list: bool = True) -> None:
     from edgeres import report
 
-    show(results if as_list else results[0], report.table(results), *report.verdicts(results))
+    show(results if as_list else results[0], *report.shown(results))
     if not report.met(results):
         click.get_current_context().exit(1)
 

@@ -88,17 +88,21 @@ def _engine(path: Path, times: dict[str, float] | None) -> tuple[dict[str, Any],
 
     engine = Engine.load(path)
     title, record, beside = f"engine {path}", engine.record, engine.path.parent / engine_layers.FILE
+    # what was used says what was asked; layers and ranges are for a report
+    shown = {key: value for key, value in record.items() if key not in ("asked", "layers", "ranges")}
+    if options := record.get("options"):
+        shown["options"] = {k: v for k, v in options.items() if v not in (None, False, [])}
     if not beside.is_file():
         if times is not None:
             raise UsageError(f"the layers of {path} are not known", evidence=f"there is no {beside.name} in its folder")
-        return record, _record(title, record)
+        return record, _record(title, shown)
     kept = read_json(beside, "the layers of an engine")
     if kept.get("sha256", record["sha256"]) != record["sha256"]:
         raise StaleError(f"{beside} is of another engine", hint="build this one again, or delete the file")
     raw, measured, *numbers = engine_layers.read_kept(kept, str(beside))
     found = audit(raw, str(record.get("precision", lowest(raw))), times or measured, *numbers)
-    shown = _record(title, {key: value for key, value in record.items() if key != "fusion"})
-    return {**record, "audit": found.to_json()}, Trimmed(shown, Text(), fused("fused to", found))
+    del shown["fusion"]
+    return {**record, "audit": found.to_json()}, Trimmed(_record(title, shown), Text(), fused("fused to", found))
 
 
 def _layers(path: Path, content: Any, times: dict[str, float] | None) -> tuple[dict[str, Any], RenderableType]:

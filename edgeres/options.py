@@ -131,6 +131,13 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
     "max-drop": recipe_option(
         "budget", "max_drop", "--max-drop", type=float, help="Budget: top-1 points below FP32 that may be lost."
     ),
+    "min-relative": recipe_option(
+        "budget", "min_relative", "--min-relative", type=float, help="Budget: percent of FP32's top-1 to keep; 99, say."
+    ),
+    "accepted": recipe_option(
+        "budget", "accepted", "--accepted", path=True, help="Budget: an earlier result.json not to fall behind."
+    ),
+    "shard": click.option("--shard", metavar="I/N", help="Only part I of N; `edgeres report merge` joins the parts."),
     "seed": recipe_option(None, "seed", "--seed", type=int, help="Draws the subsets of images."),
     "like": click.option(
         "--like", metavar="NAME|PATH", help="Preprocessing: imagenet, imagenet-v2, timm, mlperf, or as an ONNX file's."

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgeres import benchmark, build, graph, report, validate
+from edgeres import build, devices, graph, lineup, machine, validate, verdict
+from edgeres.answers import About, Answers
 from edgeres.baseline import ensure_model, preprocess_of
+from edgeres.benchmark import Plan
 from edgeres.data import ImageSet, Manifest
-from edgeres.errors import InputError, StaleError, UsageError
+from edgeres.errors import BuildError, InputError, MissingDependency, StaleError, UsageError
 from edgeres.files import sha256_file, write_json
 from edgeres.job import BATCH, Job
 from edgeres.layouts import open_images
 from edgeres.loader import Loader
-from edgeres.progress import say, track
-from edgeres.ranges import calibration_images, hashed, report_skipped
+from edgeres.outcomes import beside
+from edgeres.progress import say
+from edgeres.ranges import calibration_images, hashed
 from edgeres.recipe import ON_DEVICE
-from edgeres.runners import Runner, executor, open_runner
+from edgeres.result import measured
+from edgeres.result import result as make_result
+from edgeres.runners import executor, open_runner
 from edgeres.targets import Target
 from edgeres.trt.calibrator import Calibration
 from edgeres.typed import quantize_model, target_of
+from edgeres.validate import Network, Shard
+from edgeres.verdict import Accepted
 
 
 def run(job: Job, precisions: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -32,8 +41,7 @@ def run(job: Job, precisions: tuple[str, ...]) -> list[dict[str, Any]]:
 def ensure_engine(job: Job, output: Path | None = None) -> build.Engine:
     """The engine for the recipe's precision and target, with everything it is made from."""
     name, target = job.recipe.engine.target, target_of(job)
-    tool = executor(target.executor)  # before the minutes that the rest takes
-    version = tool.version()
+    version = installed(name, target)  # before the minutes that the rest takes
     if target.executor == "tensorrt" and job.recipe.engine.tensorrt is None:
         job = job.with_engine(tensorrt=version)  # the graph is to fit the TensorRT that is here
         target = target_of(job)
@@ -54,6 +62,25 @@ def ensure_engine(job: Job, output: Path | None = None) -> build.Engine:
     for note in engine.record["fusion"]["notes"]:
         say(f"note: {note}")
     return engine
+
+
+def installed(name: str, target: Target) -> str:
+    """Version of the executor that builds for ``target`` here. Raises what keeps it from being built here."""
+    there = f"`edgeres quantize --target {name}` works here; this command belongs on the device"
+    try:
+        version = executor(target.executor).version()
+    except MissingDependency as error:
+        if target.capability is None:
+            raise
+        raise BuildError(f"no engine for {name} can be built here", evidence=str(error.cause), hint=there) from error
+    found = devices.gpus()
+    if target.capability and found and found[0].capability != target.capability:
+        raise BuildError(
+            f"{name} is for compute capability {target.capability}",
+            evidence=f"{found[0].name} here has {found[0].capability}",
+            hint=there,
+        )
+    return version
 
 
 def calibration(job: Job, typed: Path, target: Target) -> Calibration | None:
@@ -79,59 +106,109 @@ def validation_images(job: Job, classes: int | None = None) -> ImageSet:
     return open_images(section.images, section.labels, classes)
 
 
-def validate_engines(job: Job, engines: list[build.Engine]) -> list[dict[str, Any]]:
-    """Engines against the FP32 baseline on the recipe's validation images -> one result each, written beside each."""
+def validate_engines(job: Job, engines: list[build.Engine], shard: Shard | None = None) -> list[dict[str, Any]]:
+    """Engines against the FP32 baseline on the recipe's validation images -> one result each, written beside each.
+
+    A run that was cut short goes on. A ``shard`` is neither timed nor judged; `merge` makes one result of all of them.
+    """
     fp32 = ensure_model(job)
     model = graph.load(fp32)
     record = graph.normal_form(model, fp32)
     preprocess = preprocess_of(model)
+    network = graph.digest(model)  # takes a while: once
+    _refuse_other_models(job, engines, fp32, network, record["preprocess"])
+    images = _images_to_judge(job, record["classes"])
+    manifest = hashed(images)
+    _refuse_overlap(job, manifest)
+    accepted = [_accepted(job, engine) for engine in engines]  # before the minutes that the rest takes
+    digests = {"model": network, "images": manifest.digest(), "weights": record["weights"]}
+    about = About(
+        network=network,
+        executor="onnxruntime",
+        version=executor("onnxruntime").version(),
+        preprocess=preprocess.digest(),
+        manifest=digests["images"],
+        read_by={package: version for package, version in machine.versions("pillow").items() if package != "python"},
+        images=len(images),
+        classes=record["classes"],
+        batch=BATCH,
+    )
+    batches = validate.grid(about, shard)
+    root = job.root / "engines" / "out" / "answers"
+    with ExitStack() as stack:
+        keep = stack.enter_context
+        baseline = Network("the FP32 baseline", keep(open_runner(fp32, "onnxruntime")), keep(Answers(root, about)))
+        networks = [
+            Network(f"engine {e.path.parent.name}", keep(e.open()), keep(Answers(root, _about(about, e, shard))))
+            for e in engines
+        ]
+        bad = validate.answer([baseline, *networks], images, preprocess, batches, job.skip_bad)
+        rows = [validate.outcomes(baseline.answers, each.answers, images, batches) for each in networks]
+        for place in sorted({place for found in rows for place in found.skipped.tolist()}):
+            say(f"skipped {images.paths[place]}: {bad.get(place, validate.UNREADABLE)}")
+    times = lineup.run(job, engines, Plan()) if shard is None else None
+    results = []
+    for i, (engine, found) in enumerate(zip(engines, rows, strict=True)):
+        path = engine.path.with_name(f"result-{shard.index}of{shard.of}.json" if shard else "result.json")
+        result = make_result(
+            job.stem,
+            engine.record,
+            measured(found, images.paths.__getitem__, dict(enumerate(images.classes)).get),
+            verdict.judge(job.recipe.budget, accepted[i], found, digests["images"], whole=shard is None),
+            [
+                {"latency_ms": lineup.of_baseline(times), "size_bytes": fp32.stat().st_size},
+                {"latency_ms": lineup.of_engine(times, engine), "size_bytes": engine.record["size_bytes"]},
+            ],
+            [*(path for path, _ in images.left_out), *(images.paths[place] for place in found.skipped)],
+            {**digests, "outcomes": found.save(beside(path))},
+            len(images),
+            shard,
+            times,
+        )
+        write_json(path, result)
+        networks[i].answers.remove()  # those of the baseline stay, for the next engine
+        results.append(result)
+    return results
+
+
+def _refuse_other_models(
+    job: Job, engines: list[build.Engine], fp32: Path, network: str, preprocess: dict[str, Any]
+) -> None:
+    """An engine can be compared with the model that it was built from, with digest ``network``, and with no other."""
     for engine in engines:
-        if (
-            engine.record["made_from"]["model"] != graph.digest(model)
-            or engine.record["preprocess"] != record["preprocess"]
-        ):
+        if engine.record["made_from"]["model"] != network or engine.record["preprocess"] != preprocess:
             raise StaleError(
                 f"{job.show(engine.path)} was built from another model than {job.show(fp32)}",
                 hint="build it again, or name its FP32 model with --model",
             )
-    images = validation_images(job, record["classes"])
-    if images.classes and len(images.classes) != record["classes"]:
+
+
+def _images_to_judge(job: Job, classes: int) -> ImageSet:
+    """The validation images as far as the recipe's limit goes, fit for a model of so many ``classes``."""
+    images = validation_images(job, classes)
+    if images.classes and len(images.classes) != classes:
         raise InputError(
-            f"the model has {record['classes']} classes, {images.root} has {len(images.classes)}",
+            f"the model has {classes} classes, {images.root} has {len(images.classes)}",
             hint="give --labels FILE with one class name per line, in the model's order",
         )
     images = images.subset(job.recipe.validation.limit, job.recipe.seed)
-    manifest = hashed(images)
-    _refuse_overlap(job, manifest)
-    loader = Loader(images, preprocess, BATCH, job.skip_bad)
-    names = [engine.path.parent.name for engine in engines]
-    runners: dict[str, Runner] = {}
-    try:
-        baseline = runners["baseline"] = open_runner(fp32, "onnxruntime")
-        runners |= {name: engine.open() for name, engine in zip(names, engines, strict=True)}
-        batches = track(loader, "validate", len(loader))
-        comparisons = validate.compare(baseline, {n: runners[n] for n in names}, batches)
-        report_skipped(loader)
-        probe = next(iter(Loader(images, preprocess, 1, skip_bad=True))).pixels
-        times = benchmark.latency(runners, probe)
-    finally:
-        for runner in runners.values():
-            runner.close()
-    latencies = {n: benchmark.summary(t, len(probe)) for n, t in times.items()}
-    results = []
-    for name, engine in zip(names, engines, strict=True):
-        sides = [
-            {"latency_ms": latencies["baseline"], "size_bytes": fp32.stat().st_size},
-            {"latency_ms": latencies[name], "size_bytes": engine.record["size_bytes"]},
-        ]
-        digests = {"model": graph.digest(model), "images": manifest.digest(), "weights": record["weights"]}
-        comparison, budget = comparisons[name], job.recipe.budget.max_drop
-        result = report.result(
-            job.stem, engine.record, comparison, sides, budget, [*images.left_out, *loader.skipped], digests
-        )
-        write_json(engine.path.parent / "result.json", result)
-        results.append(result)
-    return results
+    validate.check_labels(images.labels, classes)
+    if images.labels is None:
+        say("the images have no labels: fidelity is measured, accuracy is not")
+    return images
+
+
+def _accepted(job: Job, engine: build.Engine) -> Accepted | None:
+    """The result that ``engine`` is not to fall behind, if the recipe names one."""
+    path = job.recipe.budget.accepted
+    return Accepted.load(Path(path), job.show(Path(path)), engine.record) if path else None
+
+
+def _about(baseline: About, engine: build.Engine, shard: Shard | None) -> About:
+    """What an engine's answers depend on. They go with its result, so those of a shard are its own."""
+    name = engine.record["executor"]
+    own = {"network": engine.record["sha256"], "executor": name, "version": executor(name).version()}
+    return replace(baseline, **own, shard=str(shard) if shard else None)
 
 
 def _refuse_overlap(job: Job, validation: Manifest) -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-import numpy as np
-
-from edgeres.calibrate import BINS, RangeTable
+from edgeres.calibrate import RangeTable
 from edgeres.errors import InputError, UsageError, need
 from edgeres.files import atomic
 from edgeres.thresholds import METHODS
@@ -26,17 +24,9 @@ def histogram(table: RangeTable, tensor: str, path: Path, steps: int = 255) -> N
         raise InputError(f"no tensor {tensor!r} in the range table", hint=f"there are {', '.join(near)}")
     figure = need("matplotlib.figure", "report").Figure(figsize=(10, 5), layout="constrained")
     r = table.tensors[tensor]
-    used = int(np.flatnonzero(r.histogram + r.histogram[::-1])[-1]) + 1 - BINS  # bins on the wider side
-    merge = max(1, -(-used // BARS))
-    side = -(-used // merge)
-    padded = np.pad(r.histogram, merge)  # bars are counted from zero outward, and the last may reach beyond the bins
-    middle = BINS + merge
-    counts = padded[middle - side * merge : middle + side * merge].reshape(-1, merge).sum(1)
-    edges = np.arange(-side, side + 1) * (merge * r.limit / BINS)
-    filled = np.flatnonzero(counts)
-    keep = slice(filled[0], filled[-1] + 1)
+    counts, edges = r.bars(BARS)
     axes = figure.add_subplot()
-    axes.stairs(counts[keep], edges[filled[0] : filled[-1] + 2], fill=True, color="0.75")
+    axes.stairs(counts, edges, fill=True, color="0.75")
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.5)
     axes.set_ylabel(f"values in {edges[1] - edges[0]:.3g}")

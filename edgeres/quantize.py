@@ -174,16 +174,23 @@ def activation_scales(
         source = _source(model, name, SAME_VALUES if scheme.everywhere else ("Flatten",))
         if source not in table.tensors:
             raise InputError(f"the range table does not cover tensor {source}", hint="calibrate this model again")
-        measured = table.tensors[source]
+        lo, hi = interval(table.tensors[source], scheme, method)
         if scheme.signed:
-            scale = METHODS[method](magnitudes(measured), 127)[1] / 127
+            scale = hi / 127
             zero = np.asarray(0, np.int8)
         else:
-            lo, hi = METHODS[method](measured, 255)
             scale = (hi - lo) / 255
             zero = np.asarray(np.clip(np.rint(-lo / scale) if scale else 0, 0, 255), np.uint8)
         scales[name] = _normal(np.asarray(scale), scheme), zero
     return scales
+
+
+def interval(r: TensorRange, scheme: Scheme, method: str) -> tuple[float, float]:
+    """What the integers of ``scheme`` cover of ``r``, by ``method``."""
+    if not scheme.signed:
+        return METHODS[method](r, 255)
+    threshold = METHODS[method](magnitudes(r), 127)[1]
+    return -threshold, threshold
 
 
 def magnitudes(r: TensorRange) -> TensorRange:

@@ -188,12 +188,23 @@ class ValidationSection:
 
 @dataclass(frozen=True)
 class Budget:
-    """``[budget]``: ``max_drop`` is the largest top-1 loss against FP32 that may ship, in percentage points."""
+    """``[budget]``: what an engine may lose. ``max_drop``: top-1 points below FP32.
+
+    ``min_relative``: percent of FP32's top-1 that is to stay. ``accepted``: an earlier result.json, below whose top-1
+    it may be by ``max_loss`` points.
+    """
 
     max_drop: float | None = None
+    min_relative: float | None = None
+    accepted: str | None = field(default=None, metadata=PATH)
+    max_loss: float = 0.0
 
     def __post_init__(self) -> None:
         at_least("budget.max_drop", self.max_drop, 0)
+        at_least("budget.min_relative", self.min_relative, 0)
+        at_least("budget.max_loss", self.max_loss, 0)
+        if self.min_relative is not None and self.min_relative > 100:
+            raise UsageError(f"budget.min_relative is {self.min_relative}", hint="it is a percentage: 99, for example")
 
 
 @dataclass(frozen=True)

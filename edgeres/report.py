@@ -1,121 +1,200 @@
-"""Results: one JSON record per engine, from which everything that is shown is made."""
+"""Results as the terminal shows them, and what all reports take from them."""
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from typing import Any, NamedTuple
 
 from rich.table import Table
 from rich.text import Text
 
-from edgeres import machine
-from edgeres.validate import Comparison, judge
-
-FORMAT = "edgeres result 1"
+Record = dict[str, Any]
 
 
-def result(
-    name: str,
-    engine: dict[str, Any],
-    comparison: Comparison,
-    sides: list[dict[str, Any]],
-    max_drop: float | None,
-    skipped: list[tuple[str, str]],
-    digests: dict[str, Any],
-) -> dict[str, Any]:
-    """The record of one validation. Others' scripts read these names: fields are added, never renamed.
+class Column(NamedTuple):
+    """One side of a comparison: an FP32 baseline or an engine, as reports put them beside each other.
 
-    Accuracies and agreement are in percent, drops in percentage points, latencies in ms, KL in nats. ``sqnr_db`` is
-    inf, null in JSON, where engine and baseline agree to the last bit. ``sides`` are what was measured of baseline and
-    engine besides accuracy.
+    ``side`` is ``record["baseline"]`` or ``record["engine"]``; ``css`` is its color in a page.
     """
-    c, n = comparison, comparison.images
-    verdict = judge(c, max_drop) if max_drop is not None else None
-    top1, top5 = c.drop()
-    baseline, candidate = (
-        {"top1": 100 * hits[0] / n, "top5": 100 * hits[1] / n, **side}
-        for hits, side in zip((c.baseline, c.engine), sides, strict=True)
-    )
-    return {
-        "format": FORMAT,
-        "name": name,
-        "model": f"resnet{engine['depth']} {engine['variant'] or ''}".strip() if engine.get("depth") else name,
-        "target": engine["target"],
-        "precision": engine["precision"],
-        "images": n,
-        "skipped": [path for path, _ in skipped],
-        "baseline": baseline,
-        "engine": candidate,
-        "drop": {"top1": top1, "top5": top5, "interval": list(c.interval()), "p_value": c.p_value()},
-        "flips": {"right_to_wrong": c.right_to_wrong, "wrong_to_right": c.wrong_to_right},
-        "agreement": {"top1": 100 * c.same_top1 / n, "top5": 100 * c.shared_top5 / n},
-        "sqnr_db": c.sqnr_db(),
-        "kl": c.divergence / n,
-        "budget": {"max_drop": max_drop},
-        "verdict": verdict.word if verdict else None,
-        "images_needed": verdict.images_needed if verdict else None,
-        "notes": engine["fusion"]["notes"],
-        "provenance": {
-            "digests": {**digests, "engine": engine["sha256"]},
-            "preprocess": engine["preprocess"],
-            "quantization": engine.get("quantization"),
-            "built_with": engine["built_with"],
-            "versions": machine.versions("numpy", "onnxruntime", "pillow"),
-            "machine": machine.describe(),
-        },
-    }
+
+    name: str
+    css: str
+    record: Record
+    side: Record
+    engine: bool
+
+    @property
+    def runner(self) -> Record | None:
+        """What the benchmark measured of it, if there was one."""
+        runners = (self.record.get("latency") or {}).get("runners") or {}
+        name = self.side["name"]
+        return runners.get(name) or runners.get(f"{name} {self.record['target']}")
+
+    @property
+    def p50(self) -> float | None:
+        """Median latency in ms; None where none was measured, as of shards."""
+        return (self.runner or self.side["latency_ms"] or {}).get("p50")
+
+    @property
+    def p50_interval(self) -> list[float] | None:
+        """Its 95% interval, if it was measured."""
+        return ((self.runner or {}).get("intervals") or {}).get("p50")
 
 
-def table(results: list[dict[str, Any]]) -> Table:
-    """One row for the FP32 baseline, one per engine. Fits 80 columns."""
-    first = results[0]
-    rows = [["", "top-1 %", "drop", "95% interval", "agree %", "SQNR", "MB", "p50 ms", "p99 ms"]]
-
-    def row(name: str, side: dict[str, Any], *middle: str) -> None:
-        latency = side["latency_ms"]
-        ends = f"{side['size_bytes'] / 1e6:.1f}", f"{latency['p50']:.2f}", f"{latency['p99']:.2f}"
-        rows.append([name, f"{side['top1']:.2f}", *middle, *ends])
-
-    row("FP32", first["baseline"], "", "", "", "")
+def groups(results: list[Record]) -> list[list[Record]]:
+    """Results that were compared with the same FP32 baseline on the same images, together."""
+    found: dict[tuple[Any, ...], list[Record]] = {}
     for r in results:
-        lo, hi = r["drop"]["interval"]
-        noise = "exact" if r["sqnr_db"] in (None, float("inf")) else f"{r['sqnr_db']:.1f} dB"
-        middle = f"{r['drop']['top1']:+.2f}", f"{lo:+.2f} {hi:+.2f}", f"{r['agreement']['top1']:.2f}", noise
-        row(_label(r, results), r["engine"], *middle)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    gap = 2 if sum(widths) + 2 * (len(widths) - 1) <= 80 else 1  # a number cut short would be a wrong number
-    where = " and ".join(dict.fromkeys(r["target"] for r in results))
-    title = f"{first['model']} on {where}, {first['images']:,} images"
-    out = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, gap, 0, 0))
-    for i, heading in enumerate(rows[0]):
-        out.add_column(heading, justify="right" if i else "left", no_wrap=True)
-    for cells in rows[1:]:
-        out.add_row(*cells)
+        digests = r["provenance"]["digests"]
+        found.setdefault((digests.get("model"), digests.get("images"), r["images"]), []).append(r)
+    return list(found.values())
+
+
+def columns(results: list[Record]) -> list[Column]:
+    """Every baseline once, before the engines that were compared with it."""
+    several = len({r["model"] for r in results}) > 1
+    named = {id(r): name for r, name in zip(results, labels(results), strict=True)}
+    css = {id(r): color for r, color in zip(results, colors([r["precision"].upper() for r in results]), strict=True)}
+    out = list[Column]()
+    for group in groups(results):
+        first = group[0]
+        name = f"FP32 {first['model']}" if several else "FP32"
+        out.append(Column(name, "c0", first, first["baseline"], False))
+        out += [Column(named[id(r)], css[id(r)], r, r["engine"], True) for r in group]
     return out
 
 
-def _label(result: dict[str, Any], among: list[dict[str, Any]]) -> str:
-    """An engine's precision; with its target, where ``among`` are several."""
-    several = len({r["target"] for r in among}) > 1
-    return result["precision"].upper() + f" {result['target']}" * several
+def colors(names: list[str]) -> list[str]:
+    """A color of the page for each of ``names``: always the same for a precision, and another for a second one."""
+    rest = itertools.cycle(("c3", "c4", "c5"))
+    usual = {"FP32": "c0", "FP16": "c1", "INT8": "c2"}
+    return [usual.pop(name, "") or next(rest) for name in names]
 
 
-def verdicts(results: list[dict[str, Any]]) -> list[Text]:
+def labels(results: list[Record]) -> list[str]:
+    """What to call each engine: its precision, and as much more as tells them apart."""
+    names = [r["precision"].upper() for r in results]
+    for key in ("target", "model", "name"):
+        if len({r[key] for r in results}) > 1 and (key != "name" or len(set(names)) < len(names)):
+            names = [f"{name} {r[key]}" for name, r in zip(names, results, strict=True)]
+    return [f"{name} ({names[: i + 1].count(name)})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def speedup(r: Record) -> tuple[float | None, list[float] | None]:
+    """How many times as fast as FP32 the engine is, by p50, and the 95% interval if it was benchmarked."""
+    baseline, engine = (Column("", "", r, r[key], key == "engine") for key in ("baseline", "engine"))
+    measured = (r.get("latency") or {}).get("speedup") or {}
+    name = engine.side["name"]
+    found = measured.get(name) or measured.get(f"{name} {r['target']}")
+    if found:
+        return found["of_p50"], found["interval"]
+    return (baseline.p50 / engine.p50, None) if baseline.p50 and engine.p50 else (None, None)
+
+
+def shown(results: list[Record]) -> list[Table | Text]:
+    """What the terminal shows: a table for each baseline, intervals where there are any, verdicts and notes."""
+    out: list[Table | Text] = []
+    for group in groups(results):
+        more = intervals(group)
+        out += [table(group), *([more] if more else [])]
+    return [*out, *verdicts(results)]
+
+
+def table(results: list[Record]) -> Table:
+    """One row for the FP32 baseline, one per engine. Fits 80 columns."""
+    first = results[0]
+    rows = [["", "top-1 %", "drop", "95% interval", "agree %", "SQNR", "MB", "p50 ms", "p99 ms"]]
+    for c in columns(results):
+        r, drop = c.record, c.record["drop"]
+        middle = [""] * 4
+        if c.engine:
+            lost = [f"{drop['top1']:+.2f}", "{:+.2f} {:+.2f}".format(*drop["interval"])] if drop else ["", ""]
+            noise = "exact" if r["sqnr_db"] in (None, float("inf")) else f"{r['sqnr_db']:.1f} dB"
+            middle = [*lost, f"{r['agreement']['top1']:.2f}", noise]
+        measured = c.runner or c.side["latency_ms"] or {}
+        times = ["" if measured.get(key) is None else f"{measured[key]:.2f}" for key in ("p50", "p99")]
+        top1 = "" if c.side["top1"] is None else f"{c.side['top1']:.2f}"
+        rows.append([c.name, top1, *middle, f"{c.side['size_bytes'] / 1e6:.1f}", *times])
+    where = " and ".join(dict.fromkeys(r["target"] for r in results))
+    return _table(f"{first['model']} on {where}, {first['images']:,} images", rows)
+
+
+def intervals(results: list[Record]) -> Table | None:
+    """The 95% intervals of the numbers above, and the speed-up; None if the results hold none. Fits 80 columns."""
+    headings = ["95% intervals", "top-1 %", "top-5 %", "p50 ms", "faster", ""]
+    rows = [headings]
+    for c in columns(results):
+        ratio, ends = speedup(c.record) if c.engine else (None, None)
+        accuracy = [_ends(c.side.get(f"{key}_interval")) for key in ("top1", "top5")]
+        faster = [f"{ratio:.2f}x" if ratio and ends else "", _ends(ends)]
+        rows.append([c.name, *accuracy, _ends(c.p50_interval), *faster])
+    kept = [i for i, column in enumerate(zip(*rows, strict=True)) if i == 0 or any(column[1:])]
+    return _table("", [[cells[i] for i in kept] for cells in rows]) if len(kept) > 1 else None
+
+
+def _ends(ends: list[float] | None) -> str:
+    return f"{ends[0]:.2f} {ends[1]:.2f}" if ends else ""
+
+
+def _table(title: str, rows: list[list[str]]) -> Table:
+    """The first of ``rows`` is the heading. As wide as it must be: a number cut short would be a wrong number."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    gap = 2 if sum(widths) + 2 * (len(widths) - 1) <= 80 else 1
+    name = Text(title) if title else None  # brackets in it are no markup
+    out = Table(title=name, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, gap, 0, 0))
+    for i, heading in enumerate(rows[0]):
+        out.add_column(heading, justify="right" if i else "left", no_wrap=True)
+    for cells in rows[1:]:
+        out.add_row(*map(Text, cells))
+    return out
+
+
+def verdicts(results: list[Record]) -> list[Text]:
     """A line per engine with a budget, then what the user should know about each engine."""
     lines = []
-    for r in results:
-        name, word = _label(r, results), r["verdict"]
+    for name, r in zip(labels(results), results, strict=True):
+        word = r["verdict"]
         if word is not None:
             style = {"PASS": "green", "FAIL": "red"}.get(word, "yellow")
-            drop = f"drop {r['drop']['top1']:+.2f}, at worst {r['drop']['interval'][1]:+.2f}"
-            needed = f"; about {r['images_needed']:,} would decide" if r["images_needed"] else ""
-            line = f": {drop} points, budget {r['budget']['max_drop']:g}{needed}"
-            lines.append(Text.assemble(f"{name} ", (word, f"bold {style}"), line))
+            first, *more = reasons(r) or [""]
+            lines.append(Text.assemble(f"{name} ", (word, f"bold {style}"), f": {first}"))
+            lines += [Text(f"  {reason}") for reason in more]
+        if r["shard"]:
+            part = f"shard {r['shard']['index']} of {r['shard']['of']}, {r['images']:,} of {r['images_of']:,} images"
+            lines.append(Text(f"{name} note: {part}; `edgeres report merge` makes one result of all"))
         lines += [Text(f"{name} note: {note}") for note in r["notes"]]
         if r["skipped"]:
             lines.append(Text(f"{name} note: {len(r['skipped'])} unreadable images left out"))
     return lines
 
 
-def met(results: list[dict[str, Any]]) -> bool:
+class Check(NamedTuple):
+    """One budget: which, PASS, FAIL or NOT ENOUGH IMAGES, and why in a sentence."""
+
+    budget: str
+    word: str
+    reason: str
+
+
+def checks(r: Record) -> list[Check]:
+    """Every budget of a result. Where it does not say how each was met, each counts as all of them together do."""
+    if r["verdict"] is None:
+        return []
+    given = [key for key in ("max_drop", "min_relative", "accepted") if r["budget"].get(key) is not None]
+    found = reasons(r)
+    words = r.get("verdicts") or [r["verdict"]] * len(found)
+    return [Check(*check) for check in itertools.zip_longest(given, words, found, fillvalue="unknown")]
+
+
+def reasons(r: Record) -> list[str]:
+    """A sentence for each budget; made from the numbers where a result of the first format has none."""
+    if r["reasons"] or r["verdict"] is None:
+        return list(r["reasons"])
+    needed = f"; about {r['images_needed']:,} would decide" if r["images_needed"] else ""
+    drop = f"drop {r['drop']['top1']:+.2f}, at worst {r['drop']['interval'][1]:+.2f}"
+    return [f"{drop} points, budget {r['budget']['max_drop']:g}{needed}"]
+
+
+def met(results: list[Record]) -> bool:
     """Whether every result with a budget passed. NOT ENOUGH IMAGES is no pass."""
     return all(r["verdict"] in (None, "PASS") for r in results)

@@ -31,6 +31,8 @@ NOISE = 3.0
 """SQNR in dB, likewise: images that all are of one class agree with a constant too."""
 CLEAN = 60.0
 """SQNR in dB from which a tensor counts as exact."""
+FEW = 8
+"""Images that single layers are looked at on."""
 STEPS = (1, 2, 4, 8, 16)
 """How many of the worst layers stay in floating point, one try after the other."""
 
@@ -112,7 +114,8 @@ def choose(model: Any, table: RangeTable, scheme: Scheme, method: str, held: Hel
             say(f"{best} is the most faithful: {tried[best]}")
         return Choice(models[best], best, [], tried)
     say(f"every method collapses, {best} least ({tried[best]}): keep the worst layers in {scheme.rest.upper()}")
-    worst = worst_layers(equalize(model, table.exponents), models[best], held)
+    even = equalize(model, table.exponents)
+    worst = worst_layers(even, tensor_fidelity(even, models[best], held))
     for count in STEPS:
         keep = _with_input(model, worst[:count])
         kept = [name for name in worst if name in keep]
@@ -129,18 +132,23 @@ def choose(model: Any, table: RangeTable, scheme: Scheme, method: str, held: Hel
     )
 
 
-def worst_layers(model: Any, quantized: Any, held: Held) -> list[str]:
+def worst_layers(model: Any, found: dict[str, float]) -> list[str]:
     """Names of the layers of FP32 ``model``, worst first: by what SQNR falls from a layer's input to its output.
 
-    In dB, on a few of the ``held`` images; `CLEAN` and better counts as no noise yet.
+    ``found`` is what `tensor_fidelity` gives.
     """
     layers = [n for n in model.graph.node if n.op_type in graph.LAYERS]
-    names = list(dict.fromkeys(t for n in layers for t in (n.input[0], n.output[0]) if t != graph.INPUT))
-    pixels = held.batches[0][:8]
-    reference, noisy = ([*_session(m, names).run(names, {graph.INPUT: pixels})] for m in (model, quantized))
-    found = {n: min(decibels(*squares(a, b)), CLEAN) for n, a, b in zip(names, reference, noisy, strict=True)}
     loss = {n.name: found.get(n.input[0], CLEAN) - found[n.output[0]] for n in layers}
     return sorted(loss, key=lambda name: -loss[name])
+
+
+def tensor_fidelity(model: Any, quantized: Any, held: Held) -> dict[str, float]:
+    """SQNR in dB of what layers read and write, on a few of the ``held`` images; `CLEAN` and better counts as that."""
+    layers = [n for n in model.graph.node if n.op_type in graph.LAYERS]
+    names = list(dict.fromkeys(t for n in layers for t in (n.input[0], n.output[0]) if t != graph.INPUT))
+    pixels = held.batches[0][:FEW]
+    reference, noisy = ([*_session(m, names).run(names, {graph.INPUT: pixels})] for m in (model, quantized))
+    return {n: min(decibels(*squares(a, b)), CLEAN) for n, a, b in zip(names, reference, noisy, strict=True)}
 
 
 def _with_input(model: Any, layers: Collection[str]) -> set[str]:

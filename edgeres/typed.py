@@ -19,10 +19,11 @@ from edgeres.layouts import open_images
 from edgeres.lint import require_clean
 from edgeres.loader import Loader
 from edgeres.progress import say
-from edgeres.quantize import Scheme, float_operators
+from edgeres.quantize import Scheme, float_operators, interval
 from edgeres.ranges import calibration_source, ensure_table
 from edgeres.recipe import AUTO, ON_DEVICE
 from edgeres.targets import Target, load_target, scheme_for
+from edgeres.thresholds import METHODS
 
 
 def quantize_model(job: Job, output: Path | None = None) -> Path:
@@ -60,7 +61,8 @@ def quantize_model(job: Job, output: Path | None = None) -> Path:
     measured: dict[str, Any] = {}
     typed = model
     if table is not None:
-        typed, measured["chosen"] = _int8(job, model, table, scheme, path, target)
+        typed, found = _int8(job, model, table, scheme, path, target)
+        measured |= found
     elif engine.precision == "fp16" and target.typed:
         typed = fp16(model, _magnitudes(job, model))
     if kept := graph.metadata(typed).get("kept_fp32"):
@@ -104,14 +106,16 @@ def _refuse_misfits(job: Job, target: Target) -> None:
         raise UsageError(f"--method {method} takes images, and a range table is given", hint="give --method mse")
 
 
-MEASURED = ("chosen", "kept_fp32")
+MEASURED = ("chosen", "layers", "ranges", "kept_fp32")
 """What a typed model records beside what was asked for."""
+WORST, BARS = 4, 48
+"""Layers whose ranges are kept for a report, and bars of a histogram on each side of zero."""
 
 
 def _int8(
     job: Job, model: Any, table: RangeTable, scheme: Scheme, path: Path, target: Target
 ) -> tuple[Any, dict[str, Any]]:
-    """The quantized model for ``scheme``, and a record of how it was chosen."""
+    """The quantized model for ``scheme``, how it was chosen, and what it is like inside."""
     if stay := float_operators(model):
         say(f"in {scheme.rest.upper()}: {', '.join(f'{n} {op}' for op, n in stay.items())}, which INT8 does not cover")
     method = job.recipe.calibration.method
@@ -121,26 +125,45 @@ def _int8(
     choice = tune.choose(model, table, scheme, method, held)
     tried = {name: vars(fidelity) for name, fidelity in choice.tried.items()}
     record = {"method": choice.method, "kept": choice.kept, "held_out": tried.get(choice.method), "tried": tried}
+    even = equalize.equalize(model, table.exponents)
+    found = {"chosen": record, **(_inside(even, choice, table, scheme, held) if held else {})}
     if target.implicit:
         scales = calibration_cache.scales(model, table, choice.method, choice.kept)
         text = calibration_cache.write(scales, target.tensorrt or "")
         with atomic(path.with_suffix(".cache")) as temporary:
             temporary.write_text(text, encoding="utf-8")
-        return equalize.equalize(model, table.exponents), record
+        return even, found
     require_clean(choice.model, scheme)
     if scheme.rest != "fp16":
-        return choice.model, record
-    typed = fp16(choice.model, _magnitudes(job, equalize.equalize(model, table.exponents)))
+        return choice.model, found
+    typed = fp16(choice.model, _magnitudes(job, even))
     if held:  # the methods were compared before; this is the file that is written
-        found = held.fidelity(typed)
-        record["held_out"] = vars(found)
-        if found.collapsed:
+        fidelity = held.fidelity(typed)
+        record["held_out"] = vars(fidelity)
+        if fidelity.collapsed:
             raise BuildError(
-                f"with the rest in FP16, INT8 does not hold what FP32 computes: {found}",
+                f"with the rest in FP16, INT8 does not hold what FP32 computes: {fidelity}",
                 evidence=f"{choice.method} with the rest in FP32: {choice.tried[choice.method]}",
                 hint="build with --precision fp32",
             )
-    return typed, record
+    return typed, found
+
+
+def _inside(even: Any, choice: tune.Choice, table: RangeTable, scheme: Scheme, held: tune.Held) -> dict[str, Any]:
+    """Fidelity of every layer's output, and of the worst layers the range of what they read."""
+    fidelity = tune.tensor_fidelity(even, choice.model, held)
+    layers = [n for n in even.graph.node if n.op_type in graph.LAYERS]
+    inputs = {n.name: n.input[0] for n in layers}
+    worst = [t for name in tune.worst_layers(even, fidelity) if (t := inputs[name]) in table.tensors]
+    ranges = []
+    for tensor in list(dict.fromkeys(worst))[:WORST]:
+        r = table.tensors[tensor]
+        counts, edges = r.bars(BARS)
+        thresholds = {method: list(interval(r, scheme, method)) for method in METHODS}
+        used = thresholds[choice.method]
+        bars = {"edges": edges.tolist(), "counts": counts.tolist()}
+        ranges.append({"tensor": tensor, **bars, "thresholds": thresholds, "used": used})
+    return {"layers": {n.name: round(fidelity[n.output[0]], 2) for n in layers}, "ranges": ranges}
 
 
 def held_out(job: Job, model: Any) -> tune.Held | None:

@@ -1,25 +1,54 @@
-"""Engines against the FP32 baseline on the same batches: accuracy, agreement, fidelity, verdict."""
+"""Engines against the FP32 baseline on the same images: accuracy, agreement, fidelity."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from edgeres.errors import BuildError, InputError
-from edgeres.fidelity import decibels, squares
-from edgeres.loader import Batch
+from edgeres.answers import HOLES, MISSING, About, Answers
+from edgeres.data import ImageSet
+from edgeres.errors import BuildError, InputError, UsageError
+from edgeres.fidelity import decibels
+from edgeres.loader import Batch, normalizer, read_ahead, recycled, refuse_all_bad
+from edgeres.outcomes import Outcomes, join, measure
+from edgeres.progress import say, track
+from edgeres.recipe import Preprocess
 from edgeres.runners import Runner
+from edgeres.statistics import mcnemar, paired
 
-Z95 = 1.959963984540054
-"""Two-sided 95% quantile of the normal distribution."""
+UNREADABLE = "it could not be read"
 
 
-@dataclass
+@dataclass(frozen=True)
+class Shard:
+    """Part ``index`` (from 1) of ``of``: every ``of``-th batch of the set."""
+
+    index: int
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """The inverse of `str`; `UsageError` for what is none."""
+        index, slash, of = text.partition("/")
+        if not slash or not (index.isdecimal() and of.isdecimal()) or not 1 <= int(index) <= int(of):
+            raise UsageError(f"{text!r} is no shard", hint="give I/N, such as 1/4 to 4/4")
+        return cls(int(index), int(of))
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.of}"
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """Sums over images, of an engine against the baseline. ``baseline`` and ``engine`` count (top-1, top-5) hits."""
+    """Totals over images. ``baseline`` and ``engine`` count (top-1, top-5) hits.
+
+    ``lost5``, ``won5``: as right_to_wrong and wrong_to_right, of the top 5. ``identical``: images whose logits are the
+    same to the last bit. Without ``labels`` what needs them is 0.
+    """
 
     images: int = 0
     baseline: tuple[int, int] = (0, 0)
@@ -31,24 +60,35 @@ class Comparison:
     signal: float = 0.0
     noise: float = 0.0
     divergence: float = 0.0
+    wrong_to_wrong: int = 0
+    lost5: int = 0
+    won5: int = 0
+    identical: int = 0
+    labels: bool = True
 
-    def add(self, reference: np.ndarray, logits: np.ndarray, labels: np.ndarray) -> None:
-        """Add a batch: two sets of logits (N, classes) and ``labels`` (N,)."""
-        reference, logits = reference.astype(np.float64), logits.astype(np.float64)
-        top_b, top_e = top5(reference), top5(logits)
-        hit_b, hit_e = top_b[:, 0] == labels, top_e[:, 0] == labels
-        in_b, in_e = (top_b == labels[:, None]).any(1), (top_e == labels[:, None]).any(1)
-        self.images += len(labels)
-        self.baseline = (self.baseline[0] + int(hit_b.sum()), self.baseline[1] + int(in_b.sum()))
-        self.engine = (self.engine[0] + int(hit_e.sum()), self.engine[1] + int(in_e.sum()))
-        self.right_to_wrong += int((hit_b & ~hit_e).sum())
-        self.wrong_to_right += int((~hit_b & hit_e).sum())
-        self.same_top1 += int((top_b[:, 0] == top_e[:, 0]).sum())
-        self.shared_top5 += float((top_b[:, :, None] == top_e[:, None, :]).any(2).mean(1).sum())
-        signal, noise = squares(reference, logits)
-        self.signal, self.noise = self.signal + signal, self.noise + noise
-        log_p, log_q = _log_softmax(reference), _log_softmax(logits)
-        self.divergence += float((np.exp(log_p) * (log_p - log_q)).sum())
+    @classmethod
+    def of(cls, rows: Outcomes) -> Comparison:
+        """The totals of ``rows``. Floats are summed exactly, so that their order is none."""
+        same = rows.baseline_top[:, 0] == rows.engine_top[:, 0]
+        shared = (rows.baseline_top[:, :, None] == rows.engine_top[:, None, :]).any(2)
+        (b1, b5), (e1, e5) = rows.hits(rows.baseline_top), rows.hits(rows.engine_top)
+        return cls(
+            images=len(rows),
+            baseline=(int(b1.sum()), int(b5.sum())),
+            engine=(int(e1.sum()), int(e5.sum())),
+            right_to_wrong=int((b1 & ~e1).sum()),
+            wrong_to_right=int((~b1 & e1).sum()),
+            same_top1=int(same.sum()),
+            shared_top5=int(shared.sum()) / shared.shape[1],
+            signal=math.fsum(rows.signal),
+            noise=math.fsum(rows.noise),
+            divergence=math.fsum(rows.divergence),
+            wrong_to_wrong=int((~same & ~b1 & ~e1).sum()) if rows.labels else 0,
+            lost5=int((b5 & ~e5).sum()),
+            won5=int((~b5 & e5).sum()),
+            identical=int((rows.noise == 0).sum()),
+            labels=rows.labels,
+        )
 
     def drop(self) -> tuple[float, float]:
         """Loss of top-1 and top-5 against the baseline, in percentage points; negative is a gain."""
@@ -56,25 +96,12 @@ class Comparison:
         return 100 * (b[0] - e[0]) / self.images, 100 * (b[1] - e[1]) / self.images
 
     def interval(self) -> tuple[float, float]:
-        """95% interval of the top-1 drop in points, paired by image.
-
-        Agresti and Min 2005, "Simple improved confidence intervals for comparing matched proportions" (Statistics in
-        Medicine 24): Wald's interval after adding 1/2 to each of the four cells.
-        """
-        n = self.images + 2
-        lost, won = self.right_to_wrong + 0.5, self.wrong_to_right + 0.5
-        center = (lost - won) / n
-        half = Z95 * math.sqrt(lost + won - (lost - won) ** 2 / n) / n
-        return 100 * (center - half), 100 * (center + half)
+        """95% interval of the top-1 drop in points, paired by image."""
+        return paired(self.right_to_wrong, self.wrong_to_right, self.images)
 
     def p_value(self) -> float:
         """Exact two-sided McNemar test that right-to-wrong and wrong-to-right are equally likely."""
-        changed, fewer = self.right_to_wrong + self.wrong_to_right, min(self.right_to_wrong, self.wrong_to_right)
-        tail = term = 1  # binomial coefficients in whole numbers: exact for any count
-        for k in range(fewer):
-            term = term * (changed - k) // (k + 1)
-            tail += term
-        return min(1.0, 2 * tail / 2**changed)
+        return mcnemar(self.right_to_wrong, self.wrong_to_right)
 
     def sqnr_db(self) -> float:
         """Signal to quantization noise ratio of the logits in dB; inf if they are identical."""
@@ -82,67 +109,108 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """``word`` is PASS, FAIL or NOT ENOUGH IMAGES; ``images_needed`` estimates how many would decide the last.
+class Network:
+    """A loaded network, what it is called in errors, and where its logits are kept."""
 
-    It is None too where the drop seen is so close to the budget that no number can be named.
+    who: str
+    runner: Runner
+    answers: Answers
+
+
+def grid(about: About, shard: Shard | None) -> range:
+    """Numbers of the batches to look at. They lie alike in every run, so an image always has the same neighbours."""
+    batches = range(math.ceil(about.images / about.batch))
+    if shard and shard.of > len(batches):
+        raise UsageError(
+            f"{about.images:,} images are too few for {shard.of} shards",
+            hint=f"they are {len(batches)} batches of {about.batch}: one shard each at most",
+        )
+    return batches[shard.index - 1 :: shard.of] if shard else batches
+
+
+def answer(
+    networks: Sequence[Network], images: ImageSet, preprocess: Preprocess, batches: Sequence[int], skip_bad: bool
+) -> dict[int, str]:
+    """Run each of ``networks`` on what its store lacks of ``batches`` -> unreadable images met, by place, and why.
+
+    `InputError` names them unless ``skip_bad``. `BuildError` for logits that are not finite.
     """
 
-    word: str
-    images_needed: int | None = None
+    def lacks(network: Network, batch: int) -> bool:
+        state = network.answers.state(batch)
+        return state == MISSING or (state == HOLES and not skip_bad)
+
+    first = networks[0].answers
+    for network in networks:
+        there = sum(not lacks(network, batch) for batch in batches)
+        if there:
+            say(f"answers of {network.who} are there for {there:,} of {len(batches):,} batches")
+    todo = [batch for batch in batches if any(lacks(network, batch) for network in networks)]
+    if not todo:
+        return {}
+    places = [place for batch in todo for place in first.places(batch)]
+    taken, size, crop = images.take(places), first.about.batch, preprocess.crop
+    empty = recycled((size, 3, crop, crop), np.float32)
+    bad: dict[int, str] = {}
+    with closing(read_ahead(taken, preprocess, size, empty, normalizer(preprocess))) as pieces:
+        for batch, piece in zip(todo, track(pieces, "validate", len(todo)), strict=True):
+            piece.accept(taken, skip_bad)
+            bad |= {places[i]: reason for i, reason in piece.bad}
+            good = np.asarray([places[i] for i in piece.good], np.int64)
+            for network in networks:
+                if lacks(network, batch):  # another process may have been quicker
+                    logits = np.empty((0, network.answers.about.classes), np.float32)
+                    if len(good):
+                        logits = _infer(network.who, network.runner, piece.rows, good)
+                    network.answers.write(batch, good, logits)
+    return bad
 
 
-def judge(comparison: Comparison, max_drop: float) -> Verdict:
-    """PASS if even the worst end of the drop's interval is within ``max_drop`` points, FAIL if even the best is not."""
-    best, worst = comparison.interval()
-    if worst <= max_drop:
-        return Verdict("PASS")
-    if best > max_drop:
-        return Verdict("FAIL")
-    # the interval narrows with the square root of the number of images, around the drop seen so far
-    room = abs(max_drop - (best + worst) / 2)
-    needed = comparison.images * ((worst - best) / 2 / room) ** 2 if room else math.inf
-    if needed > 1e9:
-        return Verdict("NOT ENOUGH IMAGES")  # the drop seen is the budget itself: no number can be named
-    magnitude = 10 ** max(0, math.floor(math.log10(needed)) - 1)
-    return Verdict("NOT ENOUGH IMAGES", math.ceil(needed / magnitude) * magnitude)
+def outcomes(baseline: Answers, engine: Answers, images: ImageSet, batches: Sequence[int]) -> Outcomes:
+    """The rows of ``batches``, from the answers of both."""
+    parts = []
+    for batch in batches:
+        reference, logits = baseline.read(batch), engine.read(batch)
+        good = ~(np.isnan(reference[:, 0]) | np.isnan(logits[:, 0]))
+        index = np.asarray(baseline.places(batch))
+        labels = None if images.labels is None else np.asarray([images.labels[i] for i in index[good]], np.int64)
+        rows = measure(reference[good], logits[good], labels, index[good])
+        parts.append(replace(rows, skipped=index[~good]))
+    rows = join(parts)
+    if not len(rows):
+        refuse_all_bad(images.take(rows.skipped.tolist()), [(images.paths[i], UNREADABLE) for i in rows.skipped])
+    return rows
+
+
+def check_labels(labels: Sequence[int] | np.ndarray | None, classes: int) -> None:
+    """Raise `InputError` unless every label is the index of one of ``classes``."""
+    if labels is not None and (min(labels) < 0 or max(labels) >= classes):
+        raise InputError(
+            "a label is out of range",
+            evidence=f"labels {min(labels)} to {max(labels)}, {classes} classes",
+            hint="give one folder per class, in the model's class order, or a list file of `path label` lines",
+        )
 
 
 def compare(baseline: Runner, engines: dict[str, Runner], batches: Iterable[Batch]) -> dict[str, Comparison]:
-    """Run baseline and every engine on the same ``batches``, which must carry labels."""
-    results = {name: Comparison() for name in engines}
+    """Run baseline and every engine on the same ``batches``; nothing is kept."""
+    parts: dict[str, list[Outcomes]] = {name: [] for name in engines}
     for batch in batches:
-        reference = _infer("the FP32 baseline", baseline, batch)
-        if batch.labels is None or batch.labels.min() < 0 or batch.labels.max() >= reference.shape[1]:
-            raise InputError(
-                "the validation images have no labels" if batch.labels is None else "a label is out of range",
-                evidence=""
-                if batch.labels is None
-                else f"labels {batch.labels.min()} to {batch.labels.max()}, {reference.shape[1]} classes",
-                hint="give one folder per class, in the model's class order, or a list file of `path label` lines",
-            )
+        reference = _infer("the FP32 baseline", baseline, batch.pixels, batch.index)
+        check_labels(batch.labels, reference.shape[1])
         for name, runner in engines.items():
-            results[name].add(reference, _infer(f"engine {name}", runner, batch), batch.labels)
-    return results
+            logits = _infer(f"engine {name}", runner, batch.pixels, batch.index)
+            parts[name].append(measure(reference, logits, batch.labels, batch.index))
+    return {name: Comparison.of(join(rows)) for name, rows in parts.items()}
 
 
-def _infer(who: str, runner: Runner, batch: Batch) -> np.ndarray:
-    logits = runner.infer(batch.pixels)
+def _infer(who: str, runner: Runner, pixels: np.ndarray, index: np.ndarray) -> np.ndarray:
+    logits = runner.infer(pixels)
     if not np.isfinite(logits).all():
-        bad = batch.index[~np.isfinite(logits).all(1)]
+        bad = index[~np.isfinite(logits).all(1)]
         raise BuildError(
             f"{who} computes NaN or infinity",
             evidence=f"on {len(bad)} of {len(logits)} images, first image {bad[0]} of the set",
             hint="a value overflows in this precision; build with another --precision",
         )
     return logits
-
-
-def top5(logits: np.ndarray) -> np.ndarray:
-    """Indices (N, min(5, classes)) of the largest logits, best first; of equal ones the lower index first."""
-    return np.argsort(-logits, axis=1, kind="stable")[:, :5]
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits - logits.max(1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)))

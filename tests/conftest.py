@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from edgeres import benchmark, graph
+from edgeres import benchmark, energy, graph
 from edgeres.calibrate import RangeTable, calibrate
 from edgeres.data import ImageSet
 from edgeres.export import export_onnx
@@ -40,6 +40,8 @@ def _private_and_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGERES_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(benchmark, "SAMPLES", 10)  # tests look at what is recorded, not at how fast it is
+    monkeypatch.setattr(benchmark, "SECONDS", 0.01)
+    monkeypatch.setattr(energy, "IDLE_SECONDS", 0.0)
 
 
 def tiny_resnet(stride_on: str = "3x3", seed: int = 0) -> ResNet:

@@ -1,14 +1,25 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from edgeres import benchmark
-from edgeres.benchmark import WARM_UP, latency, summary
+from edgeres.benchmark import PRESETS, WARM_UP, Plan, latency, measure
+from edgeres.cli import cli
+from edgeres.errors import UsageError
 from edgeres.runners import Runner
+
+
+@pytest.fixture(autouse=True)
+def _seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clocks here are scripted: no need to be quick."""
+    monkeypatch.setattr(benchmark, "SECONDS", 3.0)
 
 
 class Clock:
@@ -28,14 +39,28 @@ class Worker(Runner):
     batch, input_size = None, 2
 
     def __init__(self, name: str, clock: Clock, cost: Callable[[int], float]) -> None:
-        self.name, self.clock, self.cost = name, clock, cost
+        self.name, self.clock, self.cost, self.done = name, clock, cost, 0
 
     def _run(self, pixels: np.ndarray) -> np.ndarray:
-        self.clock.now += self.cost(self.clock.calls.count(self.name)) / 1e3
+        self.clock.now += self.cost(self.done) / 1e3
         self.clock.calls.append(self.name)
+        self.done += 1
         return pixels
 
     def close(self) -> None: ...
+
+
+class Gpu(Worker):
+    """Tells how its calls split up: 2 ms in, ``cost(i)`` of work, 1 ms out, and 4 ms more of the host's time."""
+
+    parts = {"copy_in": 2.0, "copy_out": 1.0}
+
+    def split(self, pixels: np.ndarray) -> dict[str, float]:
+        start = self.clock.now
+        self.infer(pixels)
+        compute = 1e3 * (self.clock.now - start)
+        self.clock.now += (sum(self.parts.values()) + 4) / 1e3
+        return {"copy_in": self.parts["copy_in"], "compute": compute, **self.parts}
 
 
 @pytest.fixture
@@ -45,7 +70,23 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-PIXELS = np.zeros((1, 3, 2, 2), np.float32)
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A machine without sensors, on which nothing changes; tests may change what it says."""
+    calm = SimpleNamespace(conditions=lambda since=None: {"since": since}, changed=lambda before, after: [])
+
+    @contextmanager
+    def energy(**_: Any) -> Iterator[None]:
+        yield None
+
+    calm.energy = energy
+    monkeypatch.setattr(benchmark, "sensors", calm)
+    monkeypatch.setattr(benchmark, "SAMPLES", 200)  # no waiting: the clock stands still while nothing works
+    return calm
+
+
+PIXELS = np.zeros((8, 3, 2, 2), np.float32)
+ONE = PIXELS[:1]
 
 
 def test_every_runner_is_measured_by_its_own_time_in_ms(clock: Clock) -> None:
@@ -59,29 +100,329 @@ def test_every_runner_is_measured_by_its_own_time_in_ms(clock: Clock) -> None:
 def test_the_warm_up_is_not_counted(clock: Clock) -> None:
     worker = Worker("a", clock, lambda i: 1000 if i < WARM_UP else 1)
     np.testing.assert_allclose(latency({"a": worker}, PIXELS, samples=10)["a"], [1] * 10, rtol=1e-6)
+    worker.done = 0
+    assert measure({"a": worker}, ONE, Plan(seconds=0.1))["runners"]["a"]["histogram"]["edges"][-1] == 1
+
+
+def test_a_warm_up_lasts_a_tenth_of_the_measurement(clock: Clock) -> None:
+    worker = Worker("a", clock, lambda i: 50 if i < 30 else 1)  # 30 slow ones take half of 3 s
+    assert measure({"a": worker}, ONE, Plan(seconds=3))["runners"]["a"]["histogram"]["edges"][-1] == 50
+    worker.done = 0
+    assert measure({"a": worker}, ONE, Plan(seconds=15))["runners"]["a"]["histogram"]["edges"][-1] == 1
 
 
 def test_runners_take_turns(clock: Clock) -> None:
     runners: dict[str, Runner] = {name: Worker(name, clock, lambda i: 1) for name in "abc"}
     latency(runners, PIXELS, samples=4)
     assert clock.calls == ["a", "b", "c"] * (WARM_UP + 4)
+    clock.calls.clear()
+    measure(runners, ONE, Plan(seconds=0.1))
+    assert clock.calls == ["a", "b", "c"] * (len(clock.calls) // 3)
 
 
-def test_percentiles_of_200_samples_are_samples_by_rank() -> None:
-    samples = np.random.default_rng(0).permutation(np.arange(1, 201)).astype(float)
-    assert summary(samples, 1) == {"p50": 100.0, "p90": 180.0, "p99": 198.0, "batch": 1, "samples": 200}
+def test_the_record_has_the_fields_of_the_contract(clock: Clock) -> None:
+    record = measure({"FP32": Worker("a", clock, lambda i: 5), "INT8": Worker("b", clock, lambda i: 2)}, PIXELS)
+    assert record["format"] == "edgeres benchmark 1"
+    assert (record["batch"], record["streams"], record["preset"], record["sweep"]) == (8, 1, "edgeres", [])
+    fields = {"p50", "p90", "p95", "p99", "p99.9", "mean", "cv", "intervals", "samples", "seconds"}
+    fields |= {"images_per_second", "stable", "warnings", "split", "enqueue", "energy", "histogram"}
+    assert set(record["runners"]["FP32"]) == fields
+    assert record["runners"]["INT8"]["images_per_second"] == 4000
+    assert record["runners"]["INT8"]["stable"] is True
+    assert record["speedup"] == {"INT8": {"of_p50": 2.5, "interval": [2.5, 2.5]}}
+    assert record["conditions"] == {"before": {"since": None}, "after": {"since": {"since": None}}, "warnings": []}
+    assert {"cpu", "cores", "instruction_sets", "affinity", "threads"} <= set(record["machine"])
+    assert record["machine"]["threads"] >= 1
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 10, 99, 100, 101, 200, 1000])
-def test_a_percentile_leaves_out_no_more_than_its_share(n: int) -> None:
-    found = summary(np.arange(n, dtype=float), 8)
-    for p in (50, 90, 99):
-        above = n - 1 - found[f"p{p}"]
-        assert above * 100 <= (100 - p) * n < (above + 1) * 100
-    assert (found["batch"], found["samples"]) == (8, n)
+def test_every_runner_works_for_its_seconds_and_gives_samples_for_p99(clock: Clock) -> None:
+    slow, quick = Worker("a", clock, lambda i: 10), Worker("b", clock, lambda i: 1)
+    runners = measure({"slow": slow, "quick": quick}, ONE)["runners"]
+    assert runners["quick"]["seconds"] == pytest.approx(3, abs=0.01)
+    assert runners["slow"]["samples"] == runners["quick"]["samples"] == pytest.approx(3000, abs=1)
+    slow = Worker("c", clock, lambda i: 100)
+    alone = measure({"slow": slow}, ONE)["runners"]["slow"]
+    assert (alone["samples"], alone["seconds"]) == (200, pytest.approx(20))
 
 
-def test_the_samples_stay_in_the_order_they_were_taken() -> None:
-    samples = np.asarray([3.0, 1.0, 2.0])
-    summary(samples, 1)
-    np.testing.assert_array_equal(samples, [3, 1, 2])
+def test_patience_ends_and_what_is_then_lacking_is_said(clock: Clock) -> None:
+    record = measure({"a": Worker("a", clock, lambda i: 1000)}, ONE)["runners"]["a"]
+    assert (record["samples"], record["p99"], record["p90"]) == (60, None, 1000)
+    assert record["warnings"] == ["60 samples in 60 s, 200 wanted: calls take long"]
+    quick = measure({"a": Worker("a", clock, lambda i: 1e-3)}, ONE)["runners"]["a"]
+    assert quick["samples"] == benchmark.MOST
+    assert quick["p99.9"] == 0.001
+
+
+def test_what_is_not_steady_is_called_so_in_words(clock: Clock, quiet: SimpleNamespace) -> None:
+    wild, calm = Worker("a", clock, lambda i: 1 + 2 * (i % 2)), Worker("b", clock, lambda i: 1)
+    runners = measure({"wild": wild, "calm": calm}, ONE, Plan(seconds=0.1))["runners"]
+    assert [r["stable"] for r in runners.values()] == [False, True]
+    assert runners["wild"]["warnings"] == ["times scatter: coefficient of variation 50.0 %, limit 10 %"]
+    quiet.changed = lambda before, after: ["throttled"] if after["since"] is before else []
+    record = measure({"calm": calm}, ONE, Plan(seconds=0.1))
+    assert record["runners"]["calm"]["stable"] is False
+    assert record["conditions"]["warnings"] == ["throttled"]
+
+
+def test_a_speedup_is_taken_within_rounds_against_the_first(clock: Clock) -> None:
+    def drifting(name: str, ms: float) -> Worker:
+        return Worker(name, clock, lambda i: ms * (1 + i / 100))
+
+    found = measure({"a": drifting("a", 6), "b": drifting("b", 2), "c": drifting("c", 3)}, ONE)
+    assert found["speedup"] == {
+        "b": {"of_p50": 3, "interval": [3, 3]},
+        "c": {"of_p50": 2, "interval": [2, 2]},
+    }
+    assert "times drift" in found["runners"]["a"]["warnings"][1]
+
+
+def test_a_sweep_has_every_batch_and_the_first_in_full(clock: Clock) -> None:
+    seen: list[int] = []
+
+    class PerImage(Worker):
+        def _run(self, pixels: np.ndarray) -> np.ndarray:
+            seen.append(len(pixels))
+            self.cost = lambda i: 1.0 + len(pixels)
+            return super()._run(pixels)
+
+    record = measure({"a": PerImage("a", clock, lambda i: 0)}, PIXELS, Plan((2, 1, 8), seconds=0.01))
+    assert (record["batch"], record["runners"]["a"]["samples"]) == (2, 67)  # 0.2 s at most
+    assert record["sweep"] == [
+        {"batch": 2, "runners": {"a": {"p50": 3, "images_per_second": pytest.approx(666.67)}}},
+        {"batch": 1, "runners": {"a": {"p50": 2, "images_per_second": 500}}},
+        {"batch": 8, "runners": {"a": {"p50": 9, "images_per_second": pytest.approx(888.89)}}},
+    ]
+    assert list(dict.fromkeys(seen)) == [2, 1, 8]
+    assert seen.count(8) < 67
+
+
+def test_pixels_are_ready_in_the_type_that_a_runner_takes(clock: Clock) -> None:
+    taken: list[np.ndarray] = []
+
+    class Half(Worker):
+        dtype = np.dtype(np.float16)
+
+        def prepare(self, pixels: np.ndarray) -> np.ndarray:
+            clock.now += 1000
+            return super().prepare(pixels)
+
+        def _run(self, pixels: np.ndarray) -> np.ndarray:
+            taken.append(pixels)
+            return super()._run(pixels)
+
+    record = measure({"a": Half("a", clock, lambda i: 1)}, ONE, Plan(seconds=0.01))
+    assert {p.dtype for p in taken} == {np.dtype(np.float16)}
+    assert record["runners"]["a"]["mean"] == 1
+
+
+class Meeting(Runner):
+    """Every call waits for one of the other stream; ``lone`` are the calls that found their runner in use."""
+
+    batch, input_size = None, 2
+
+    def __init__(self, barrier: threading.Barrier) -> None:
+        self.barrier, self.busy, self.shared = barrier, 0, False
+
+    def _run(self, pixels: np.ndarray) -> np.ndarray:
+        self.busy += 1
+        self.barrier.wait(10)
+        self.shared |= self.busy > 1
+        self.barrier.wait(10)
+        self.busy -= 1
+        return pixels
+
+    def close(self) -> None: ...
+
+
+def test_streams_work_at_the_same_time_each_on_its_own_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "SLICE", 0.005)
+    barrier = threading.Barrier(2)
+    side = [Meeting(barrier), Meeting(barrier)]  # without another stream a call would wait forever
+    record = measure({"a": side, "b": side}, PIXELS[:2], Plan(streams=2, seconds=0.02))
+    found = record["runners"]["a"]
+    assert record["streams"] == 2
+    assert not any(runner.shared for runner in side)
+    assert found["samples"] % 2 == 0
+    # both were at it all the time, and their time counts once
+    assert found["mean"] * found["samples"] / 1e3 > 1.5 * found["seconds"]
+    assert found["images_per_second"] == pytest.approx(2 * found["samples"] / found["seconds"], rel=0.05)
+    assert record["speedup"]["b"]["of_p50"] > 0
+
+
+def test_streams_share_a_runner_that_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "SLICE", 0.005)
+    runner = Meeting(threading.Barrier(2))
+    measure({"a": runner}, ONE, Plan(streams=2, seconds=0.005))
+    assert runner.shared
+
+
+def test_an_error_in_a_stream_comes_out() -> None:
+    class Broken(Runner):
+        batch, input_size = None, 2
+
+        def _run(self, pixels: np.ndarray) -> np.ndarray:
+            raise OSError("unplugged")
+
+        def close(self) -> None: ...
+
+    with pytest.raises(OSError, match="unplugged"):
+        measure({"a": Broken()}, ONE, Plan(streams=3))
+
+
+@pytest.mark.parametrize(("preset", "ms"), [("trtexec-10", 8.0), ("trtexec-11", 5.0)])
+def test_a_preset_counts_what_trtexec_counts(clock: Clock, preset: str, ms: float) -> None:
+    record = measure({"INT8": Gpu("a", clock, lambda i: 5)}, PIXELS, Plan(preset=preset))
+    found = record["runners"]["INT8"]
+    assert found["p50"] == ms
+    assert found["split"] == {"copy_in": 2, "compute": 5, "copy_out": 1}
+    assert found["seconds"] == pytest.approx(3, abs=0.013)  # the host's time counts for duration and throughput
+    assert found["images_per_second"] == pytest.approx(8 / 12e-3, rel=1e-3)
+    assert record["preset"] == preset
+
+
+def test_a_preset_lets_each_engine_work_alone_after_200_ms(clock: Clock) -> None:
+    slow_start = Gpu("a", clock, lambda i: 93 if i < 2 else 3)  # with copies and host 100 ms, then 10
+    record = measure({"FP32": slow_start, "INT8": Gpu("b", clock, lambda i: 1)}, ONE, Plan(preset="trtexec-10"))
+    order = "".join(dict.fromkeys(clock.calls))
+    assert clock.calls == ["a"] * clock.calls.count("a") + ["b"] * clock.calls.count("b")
+    assert order == "ab"
+    assert clock.calls.count("a") == pytest.approx(WARM_UP + 300, abs=1)
+    assert record["runners"]["FP32"]["p50"] == 6
+    assert record["runners"]["FP32"]["stable"] is True  # the warm-up's calls are not among those that are judged
+    assert record["speedup"]["INT8"] == {"of_p50": 1.5, "interval": [1.5, 1.5]}
+
+
+def test_a_preset_judges_the_computation_by_its_own_limit(clock: Clock) -> None:
+    record = measure({"a": Gpu("a", clock, lambda i: 5 + 0.4 * (i % 2))}, ONE, Plan(preset="trtexec-11"))
+    assert record["runners"]["a"]["warnings"] == ["times scatter: coefficient of variation 3.8 %, limit 2.5 %"]
+    assert measure({"a": Gpu("b", clock, lambda i: 5 + 0.4 * (i % 2))}, ONE)["runners"]["a"]["stable"]
+    drowned = Gpu("a", clock, lambda i: 5 + 0.4 * (i % 2))
+    drowned.parts = {"copy_in": 4.0, "copy_out": 4.0}  # with which it is 1.5 %
+    record = measure({"a": drowned}, ONE, Plan(preset="trtexec-10"))
+    assert record["runners"]["a"]["warnings"] == ["times scatter: coefficient of variation 3.8 %, limit 2.5 %"]
+
+
+def test_ten_calls_are_enough_for_a_preset(clock: Clock) -> None:
+    record = measure({"a": Gpu("a", clock, lambda i: 993)}, ONE, Plan(preset="trtexec-10"))
+    assert record["runners"]["a"]["samples"] == 10
+
+
+def test_a_gpu_says_how_its_calls_split_up_without_a_preset_too(clock: Clock) -> None:
+    found = measure({"a": Gpu("a", clock, lambda i: 5)}, ONE, Plan(seconds=0.1))["runners"]["a"]
+    assert (found["p50"], found["split"]["compute"], found["enqueue"]) == (5, 5, None)
+    assert found["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    ("parts", "preset", "words"),
+    [
+        ({"copy_in": 5.0, "copy_out": 1.0}, "edgeres", ["bound by copies in, not by computation (5 and 5 ms)"]),
+        ({"copy_in": 1.0, "copy_out": 6.0}, "trtexec-10", ["bound by copies out, not by computation (6 and 5 ms)"]),
+        ({"copy_in": 6.0, "copy_out": 6.0}, "trtexec-11", []),
+        (
+            {"copy_in": 1.0, "copy_out": 1.0, "enqueue": 4.1},
+            "trtexec-10",
+            ["bound by queueing work, not by the GPU (4.1 of 5 ms): a CUDA graph may help"],
+        ),
+        ({"copy_in": 1.0, "copy_out": 1.0, "enqueue": 3.9}, "trtexec-10", []),
+    ],
+)
+def test_what_holds_the_gpu_up_is_said(clock: Clock, parts: dict[str, float], preset: str, words: list[str]) -> None:
+    gpu = Gpu("a", clock, lambda i: 5)
+    gpu.parts = parts
+    found = measure({"a": gpu}, ONE, Plan(preset=preset, seconds=0.1))["runners"]["a"]
+    assert found["warnings"] == words
+    assert found["enqueue"] == parts.get("enqueue")
+    assert set(found["split"]) == {"copy_in", "compute", "copy_out"}
+    assert found["stable"] is True  # it is steady all the same
+
+
+def test_a_preset_is_refused_on_the_cpu_before_anything_runs(clock: Clock) -> None:
+    with pytest.raises(UsageError, match="on a GPU") as error:
+        measure({"INT8": Worker("a", clock, lambda i: 1)}, ONE, Plan(preset="trtexec-10"))
+    assert "INT8 runs on the CPU" in error.value.evidence
+    assert clock.calls == []
+
+
+class Meter:
+    """What sensors give: 3 W at rest."""
+
+    def __init__(self, given: dict[str, Any], joules: float | None) -> None:
+        self.given, self.joules, self.idle_watts = given, joules, 3.0
+
+    def record(self, images: int) -> dict[str, Any] | None:
+        return None if self.joules is None else {"joules_per_image": self.joules / images, "idle_watts": 3.0}
+
+
+def test_energy_is_that_of_each_runner_working_alone(clock: Clock, quiet: SimpleNamespace) -> None:
+    meters: list[Meter] = []
+
+    @contextmanager
+    def energy(**given: Any) -> Iterator[Meter]:
+        clock.calls.clear()
+        meters.append(Meter(given, 12.0))
+        yield meters[-1]
+
+    quiet.energy = energy
+    cpu, gpu = Worker("a", clock, lambda i: 5), Gpu("b", clock, lambda i: 10)
+    runners = measure({"FP32": cpu, "INT8": gpu}, PIXELS[:2], Plan(seconds=1))["runners"]
+    assert runners["FP32"]["energy"] == {"joules_per_image": pytest.approx(12 / 400, rel=0.01), "idle_watts": 3}
+    assert runners["INT8"]["energy"]["joules_per_image"] == pytest.approx(12 / 200, rel=0.01)
+    assert set(clock.calls) == {"b"}
+    # at rest once; only the first waits for it
+    assert [m.given for m in meters] == [{"gpu": False, "idle_watts": None}, {"gpu": True, "idle_watts": 3}]
+
+
+def test_energy_is_null_where_sensors_fall_silent_or_are_none(clock: Clock, quiet: SimpleNamespace) -> None:
+    @contextmanager
+    def silent(**given: Any) -> Iterator[Meter]:
+        yield Meter(given, None)
+
+    before = measure({"a": Worker("a", clock, lambda i: 5)}, ONE, Plan(seconds=0.1))
+    calls = len(clock.calls)
+    quiet.energy = silent
+    after = measure({"a": Worker("a", clock, lambda i: 5)}, ONE, Plan(seconds=0.1))
+    assert before["runners"]["a"]["energy"] is after["runners"]["a"]["energy"] is None
+    assert len(clock.calls) > 2 * calls  # it did run for them; without sensors nothing more runs
+
+
+def test_a_fixed_batch_that_is_another_is_said(clock: Clock) -> None:
+    fixed = Worker("a", clock, lambda i: 5)
+    fixed.batch = 4
+    words = ["computes 4 images a call, whatever the batch"]
+    assert measure({"a": fixed}, ONE, Plan(seconds=0.1))["runners"]["a"]["warnings"] == words
+    assert measure({"a": fixed}, PIXELS, Plan((4,), seconds=0.1))["runners"]["a"]["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"batches": (0,)},
+        {"batches": (4, -1)},
+        {"batches": (4, 4)},
+        {"streams": 0},
+        {"seconds": 0},
+        {"seconds": float("nan")},
+        {"seconds": float("inf")},
+        {"preset": "nvbench"},
+        {"preset": "trtexec-10", "streams": 2},
+    ],
+)
+def test_a_plan_that_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        Plan(**wrong)
+
+
+def test_too_few_pixels_or_runners_are_refused(clock: Clock) -> None:
+    worker = Worker("a", clock, lambda i: 1)
+    with pytest.raises(UsageError, match="a batch of 16, and 8 images"):
+        measure({"a": worker}, PIXELS, Plan((1, 16)))
+    with pytest.raises(UsageError, match="1 runners for 2 streams"):
+        measure({"a": [worker]}, PIXELS, Plan(streams=2))
+    assert clock.calls == []
+
+
+def test_the_command_line_knows_every_preset() -> None:
+    (option,) = [p for p in cli.commands["benchmark"].params if p.name == "preset"]
+    assert set(option.type.choices) == set(PRESETS)  # type: ignore[attr-defined]

@@ -90,12 +90,64 @@ def test_a_second_build_does_nothing_and_a_new_method_builds_again(
 
 
 def test_budget_sets_the_exit_status(workspace: Path, tiny_path: Path, edgeres: Run) -> None:
-    edgeres("build-engine", "--model", tiny_path, "--precision", "fp32")
-    validate = ("validate", "--model", tiny_path, "--precision", "fp32", "--json", "--max-drop")
-    passed, open_ = edgeres(*validate, 50), edgeres(*validate, 0)
+    for precision in ("fp32", "int8"):
+        edgeres("build-engine", "--model", tiny_path, "--precision", precision)
+    validate = ("validate", "--model", tiny_path, "--json", "--precision")
+    passed, open_ = edgeres(*validate, "int8", "--max-drop", 50), edgeres(*validate, "int8", "--max-drop", 0)
     assert (passed.exit_code, json.loads(passed.stdout)["verdict"]) == (0, "PASS")
-    # identical answers on 24 images do not show that nothing is ever lost
+    # the same answers on 24 images do not show that nothing is ever lost; the same logits to the last bit do
     assert (open_.exit_code, json.loads(open_.stdout)["verdict"]) == (1, "NOT ENOUGH IMAGES")
+    assert edgeres(*validate, "fp32", "--max-drop", 0, "--min-relative", 100).exit_code == 0
+    assert edgeres(*validate, "int8", "--max-drop", 50, "--min-relative", 99.9).exit_code == 1
+
+
+def test_an_accepted_result_is_a_budget(workspace: Path, tiny_path: Path, edgeres: Run) -> None:
+    edgeres("build-engine", "--model", tiny_path, "--precision", "int8")
+    validate = ("validate", "--model", tiny_path, "--precision", "int8", "--json")
+    assert edgeres(*validate).exit_code == 0
+    folder = Path("engines/out/tiny-int8-cpu")
+    for name in ("result.json", "outcomes.npz"):
+        (folder / name).rename(name)
+    again = edgeres(*validate, "--accepted", "result.json")
+    assert again.exit_code == 0, again.stderr
+    result = json.loads(again.stdout)
+    assert result["budget"]["accepted"]["path"] == "result.json"
+    assert "(image by image)" in result["reasons"][0]
+    failed(edgeres(*validate, "--accepted", "nowhere.json"), 1, "cannot read result", "nowhere.json")
+
+
+def test_shards_are_merged(workspace: Path, tiny_path: Path, edgeres: Run) -> None:
+    for i in range(40):
+        path = workspace / "many" / f"class{i % 4}" / f"{i}.pgm"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"P5 8 8 255\n" + bytes([i * 5, 255 - i] * 32))
+    edgeres("build-engine", "--model", tiny_path, "--precision", "fp16")
+    validate = ("validate", "--model", tiny_path, "--precision", "fp16", "--data", "many", "--max-drop", 50)
+    for i in (1, 2):
+        part = edgeres(*validate, "--shard", f"{i}/2")
+        assert part.exit_code == 0, part.stderr
+    parts = [f"engines/out/tiny-fp16-cpu/result-{i}of2.json" for i in (1, 2)]
+    merged = edgeres("report", "merge", *parts, "--json")
+    assert merged.exit_code == 0, merged.stderr
+    assert json.loads(merged.stdout) == json.loads(Path("result.json").read_text())
+    assert (json.loads(merged.stdout)["images"], json.loads(merged.stdout)["verdict"]) == (40, "PASS")
+    assert edgeres("report", "merge", *parts, "-o", "kept/mine.json").exit_code == 0
+    assert Path("kept/mine.outcomes.npz").read_bytes() == Path("outcomes.npz").read_bytes()
+    failed(edgeres("report", "merge", parts[0]), 1, "1 of 2 shards are missing", "2/2")
+    failed(edgeres(*validate, "--shard", "3/2"), 2, "'3/2' is no shard")
+
+
+def test_images_without_labels_are_validated(workspace: Path, tiny_path: Path, edgeres: Run, val_folder: Path) -> None:
+    Path("list.txt").write_text("".join(f"{path}\n" for path in sorted(val_folder.rglob("*.png"))), encoding="utf-8")
+    edgeres("build-engine", "--model", tiny_path, "--precision", "fp16")
+    validate = ("validate", "--model", tiny_path, "--precision", "fp16", "--data", "list.txt")
+    result = edgeres(*validate, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert "have no labels" in result.stderr
+    assert (json.loads(result.stdout)["labels"], json.loads(result.stdout)["drop"]) == (False, None)
+    assert edgeres(*validate).exit_code == 0
+    budget = edgeres(*validate, "--max-drop", 1, "--json")
+    assert (budget.exit_code, json.loads(budget.stdout)["verdict"]) == (1, "NOT ENOUGH IMAGES")
 
 
 def test_several_engines_are_judged_side_by_side(workspace: Path, tiny_path: Path, edgeres: Run) -> None:

@@ -57,7 +57,10 @@ def test_commands_shown_exist_with_their_options(page: Path) -> None:
         name, *arguments = shlex.split(line, comments=True)
         if name.startswith("-"):
             continue
-        known = {option for parameter in cli.commands[name].params for option in parameter.opts}
+        command = cli.commands[name]
+        if isinstance(command, click.Group) and arguments:
+            command = command.commands[arguments[0]]
+        known = {option for parameter in command.params for option in parameter.opts}
         assert {a for a in arguments if a.startswith("-")} <= known, line
 
 

@@ -16,7 +16,7 @@ from edgeres import build, calibration_cache, devices, graph, trt
 from edgeres.build import Engine
 from edgeres.cli import cli
 from edgeres.devices import Gpu, Jetson
-from edgeres.errors import BuildError
+from edgeres.errors import BuildError, MissingDependency
 from edgeres.runners.tensorrt import TensorRt
 
 HALF = onnx.TensorProto.FLOAT16
@@ -79,9 +79,9 @@ def test_what_is_there_is_built_again_only_for_a_reason(
     workspace: Path, tiny_path: Path, install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install("10.3.0")
-    asked = ["--target", "jetson-agx-orin", "--precision", "fp32"]
+    asked = ["--target", "desktop", "--precision", "fp32"]
     assert "is up to date" not in run(tiny_path, *asked).stderr.splitlines()[-2]
-    done = "tiny-fp32-jetson-agx-orin is up to date"
+    done = "tiny-fp32-desktop is up to date"
     assert done in run(tiny_path, *asked).stderr
     assert done not in run(tiny_path, *asked, "--build", "tf32=true").stderr
     assert done in run(tiny_path, *asked, "--build", "tf32=true").stderr
@@ -116,6 +116,27 @@ def test_dla_from_11_on_takes_types(workspace: Path, tiny_path: Path, install: I
     assert "Gemm" not in operators
     assert not (folder / "model.cache").exists()
     assert "GPU_FALLBACK" in library.flags()
+
+
+def test_a_jetsons_engine_is_built_on_the_jetson(
+    workspace: Path, tiny_path: Path, install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("10.3.0")
+    monkeypatch.setattr(devices, "gpus", lambda: [Gpu("RTX 4090", "8.9", 24 << 30, False)])
+    result = run(tiny_path, "--target", "jetson-agx-orin", code=1)
+    assert "jetson-agx-orin is for compute capability 8.7" in result.stderr
+    assert "RTX 4090 here has 8.9" in result.stderr
+    assert "`edgeres quantize --target jetson-agx-orin` works here" in result.stderr
+
+    def missing(_: Any) -> str:
+        raise MissingDependency("this needs the package 'tensorrt'", hint='pip install "edgeres[tensorrt]"')
+
+    monkeypatch.setattr(TensorRt, "version", missing)
+    result = run(tiny_path, "--target", "jetson-agx-orin", code=1)
+    assert "this command belongs on the device" in result.stderr
+    assert "pip install" not in result.stderr
+    assert "pip install" in run(tiny_path, "--target", "desktop", code=1).stderr
+    assert not list(workspace.rglob("*.onnx"))
 
 
 def test_dla_where_there_is_none_is_refused(workspace: Path, tiny_path: Path, install: Install) -> None:

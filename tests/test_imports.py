@@ -13,8 +13,9 @@ from edgeres.cli import cli
 
 BASE = Path(__file__).parents[1] / ".venv-base" / "bin" / "python"
 HEAVY = {"torch", "onnx", "onnxruntime", "PIL", "sklearn", "scipy", "safetensors", "numpy"}
-HEAVY |= {"numba", "matplotlib", "openvino"}
+HEAVY |= {"numba", "matplotlib", "openvino", "jinja2"}
 HELPS = [["--help"], *([name, "--help"] for name in cli.commands), ["data", "check", "--help"]]
+HELPS += [["report", "merge", "--help"], ["report", "show", "--help"]]
 
 
 def python(interpreter: str | Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -88,6 +88,24 @@ def test_fidelity_is_that_of_the_file_written(make: Make, tiny: Any) -> None:
     assert graph.metadata(written)["chosen"]["held_out"] == vars(held.fidelity(written))
 
 
+@pytest.mark.parametrize("target", ["cpu", "desktop"])
+def test_a_quantized_model_says_what_it_is_like_inside(make: Make, tiny: Any, target: str) -> None:
+    job = make(engine__target=target, calibration__method="percentile-99.9")
+    made = graph.metadata(graph.load(typed.quantize_model(job)))
+    layers = [n.name for n in tiny.graph.node if n.op_type in graph.LAYERS]
+    assert list(made["layers"]) == layers
+    assert all(10 < db <= 60 for db in made["layers"].values())
+    table = RangeTable.load(job.table)
+    assert len(made["ranges"]) == typed.WORST
+    for shown in made["ranges"]:
+        r = table.tensors[shown["tensor"]]
+        assert sum(shown["counts"]) == r.count
+        assert len(shown["edges"]) == len(shown["counts"]) + 1 <= 2 * typed.BARS + 1
+        assert shown["edges"][0] <= r.min <= r.max <= shown["edges"][-1]
+        assert shown["used"] == shown["thresholds"]["percentile-99.9"] != shown["thresholds"]["minmax"]
+        assert (shown["used"][0] == -shown["used"][1]) == (target == "desktop")
+
+
 def test_an_fp16_rest_that_breaks_the_model_is_refused(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(model: Any, _: Any) -> Any:
         last = next(t for t in model.graph.initializer if t.name == "fc.bias")
@@ -185,7 +203,7 @@ def test_fp16_without_images_says_what_was_not_checked(workspace: Path, make: Ma
 
 
 def test_a_target_that_cannot_be_built_here_is_refused_at_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "load_target", lambda *_: Target("", "abacus", "tensorrt", ["int8"]))
+    monkeypatch.setattr(pipeline, "target_of", lambda *_: Target("", "abacus", "tensorrt", ["int8"]))
     with pytest.raises(InputError, match="no runner for executor 'abacus'") as caught:
         pipeline.ensure_engine(make(engine__target="desktop"))
     assert "`edgeres quantize`" in caught.value.hint

@@ -8,7 +8,7 @@ from edgeres.targets import load_target
 from edgeres.trtexec import trtexec
 
 ONNX = Path("out/model.onnx")
-ALL = "trtexec --onnx=out/model.onnx --saveEngine=out/model.plan"
+ALL = "trtexec --onnx=model.onnx --saveEngine=model.plan"
 SHAPES = " --minShapes=input:1x3x64x64 --optShapes=input:8x3x64x64 --maxShapes=input:32x3x64x64"
 ONE = " --minShapes=input:1x3x64x64 --optShapes=input:1x3x64x64 --maxShapes=input:1x3x64x64"
 
@@ -23,12 +23,12 @@ ONE = " --minShapes=input:1x3x64x64 --optShapes=input:1x3x64x64 --maxShapes=inpu
         ("desktop", "8.6.1", "fp16", f"{SHAPES} --fp16"),
         ("jetson-xavier-nx", None, "int8", f"{SHAPES} --fp16 --int8"),
         ("jetson-agx-orin", None, "fp16", f"{SHAPES} --stronglyTyped"),
-        ("desktop-implicit", None, "int8", f"{SHAPES} --fp16 --int8 --calib=out/model.cache"),
+        ("desktop-implicit", None, "int8", f"{SHAPES} --fp16 --int8 --calib=model.cache"),
         (
             "jetson-agx-orin-dla",
             None,
             "int8",
-            f"{ONE} --fp16 --int8 --calib=out/model.cache --useDLACore=0 --allowGPUFallback",
+            f"{ONE} --fp16 --int8 --calib=model.cache --useDLACore=0 --allowGPUFallback",
         ),
         ("jetson-agx-orin-dla", None, "fp16", f"{ONE} --fp16 --useDLACore=0 --allowGPUFallback"),
         ("jetson-agx-orin-dla", "11.4.1", "int8", f"{ONE} --useDLACore=0 --allowGPUFallback"),
@@ -44,4 +44,4 @@ def test_a_fixed_batch_needs_no_shapes() -> None:
 
 
 def test_paths_survive_a_shell() -> None:
-    assert "'--onnx=my models/a.onnx'" in trtexec(Path("my models/a.onnx"), "fp16", load_target("desktop"), 64, 4)
+    assert "'--onnx=my model.onnx'" in trtexec(Path("out/my model.onnx"), "fp16", load_target("desktop"), 64, 4)

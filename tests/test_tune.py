@@ -15,7 +15,7 @@ from edgeres.errors import BuildError
 from edgeres.loader import Batch
 from edgeres.quantize import SCHEMES, int8
 from edgeres.recipe import AUTO, METHODS
-from edgeres.tune import Choice, Held, choose, worst_layers
+from edgeres.tune import Choice, Held, choose, tensor_fidelity, worst_layers
 
 EVERY = pytest.mark.parametrize("scheme", ["onnxruntime", "openvino", "tensorrt", "implicit"])
 
@@ -116,7 +116,7 @@ def test_the_layer_whose_weights_are_ruined_is_the_worst(tiny: Any, table: Range
     for tensor in broken:
         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor)[::-1].copy(), tensor.name))
     assert broken
-    names = worst_layers(tiny, quantized, held)
+    names = worst_layers(tiny, tensor_fidelity(tiny, quantized, held))
     assert names[0] == "layer2.0.conv2"
     assert sorted(names) == sorted(n.name for n in tiny.graph.node if n.op_type in graph.LAYERS)
 

@@ -1,62 +1,55 @@
 from __future__ import annotations
 
+import io
+import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
+from rows import draw, drawn, flips
 from scipy import special, stats
 
-from edgeres.errors import BuildError, InputError
+from edgeres import graph, pipeline, progress
+from edgeres.answers import MISSING, About, Answers
+from edgeres.data import ImageSet
+from edgeres.errors import BuildError, InputError, UsageError
+from edgeres.job import Job
 from edgeres.loader import Batch
+from edgeres.outcomes import Outcomes, join
+from edgeres.recipe import Preprocess, load_recipe
 from edgeres.runners import Runner
-from edgeres.validate import Comparison, Verdict, compare, judge, top5
-
-
-def draw(images: int, classes: int, noise: float = 0.7, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Logits of a fair baseline, logits of a worse engine, labels."""
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, classes, images)
-    reference = rng.standard_normal((images, classes)) + 2 * np.eye(classes)[labels]
-    logits = reference + noise * rng.standard_normal((images, classes))
-    return reference.astype(np.float32), logits.astype(np.float32), labels
-
-
-def compared(reference: np.ndarray, logits: np.ndarray, labels: np.ndarray) -> Comparison:
-    comparison = Comparison()
-    comparison.add(reference, logits, labels)
-    return comparison
-
-
-def assert_equal(one: Comparison, other: Comparison) -> None:
-    for name, value in vars(one).items():
-        assert value == pytest.approx(getattr(other, name), rel=1e-12), name
-
-
-def flips(images: int, lost: int, won: int) -> Comparison:
-    """A comparison of ``images`` of which ``lost`` went wrong and ``won`` came right."""
-    both = (images - lost - won) // 2
-    return Comparison(images, (both + lost, images), (both + won, images), lost, won)
+from edgeres.validate import Comparison, Network, Shard, answer, check_labels, compare, grid, outcomes
 
 
 @pytest.mark.parametrize("classes", [2, 4, 5, 10, 1000])
-def test_every_number_is_what_scipy_and_loops_compute(classes: int) -> None:
+def test_every_total_is_what_scipy_and_loops_compute(classes: int) -> None:
     reference, logits, labels = draw(150, classes, seed=classes)
-    c = compared(reference, logits, labels)
-    first, fifth, changed, same, shared = [0, 0], [0, 0], [0, 0], 0, 0.0
+    c = Comparison.of(drawn(150, classes, seed=classes))
+    first, fifth, changed, changed5, same, shared, other = [0, 0], [0, 0], [0, 0], [0, 0], 0, 0.0, 0
     for a, b, label in zip(reference.astype(float), logits.astype(float), labels, strict=True):
         tops = [sorted(range(classes), key=lambda k, x=x: (-x[k], k))[:5] for x in (a, b)]
-        hits = [top[0] == label for top in tops]
+        hits, among = [top[0] == label for top in tops], [label in top for top in tops]
         for side in (0, 1):
             first[side] += hits[side]
-            fifth[side] += label in tops[side]
+            fifth[side] += among[side]
             changed[side] += hits[side] and not hits[1 - side]
+            changed5[side] += among[side] and not among[1 - side]
         same += tops[0][0] == tops[1][0]
+        other += tops[0][0] != tops[1][0] and not any(hits)
         shared += len(set(tops[0]) & set(tops[1])) / len(tops[0])
     assert c.images == 150
     assert (c.baseline, c.engine) == ((first[0], fifth[0]), (first[1], fifth[1]))
-    assert [c.right_to_wrong, c.wrong_to_right] == changed
-    assert c.same_top1 == same
+    assert [c.right_to_wrong, c.wrong_to_right, c.wrong_to_wrong] == [*changed, other]
+    assert [c.lost5, c.won5] == changed5
+    assert (c.same_top1, c.identical, c.labels) == (same, 0, True)
     assert c.shared_top5 == pytest.approx(shared, rel=1e-12)
     p, q = special.softmax(reference.astype(float), 1), special.softmax(logits.astype(float), 1)
     assert c.divergence == pytest.approx(special.rel_entr(p, q).sum(), rel=1e-9)
@@ -66,16 +59,18 @@ def test_every_number_is_what_scipy_and_loops_compute(classes: int) -> None:
     assert c.drop() == pytest.approx(((first[0] - first[1]) / 1.5, (fifth[0] - fifth[1]) / 1.5))
 
 
-def test_batches_add_up() -> None:
-    reference, logits, labels = draw(100, 10)
-    whole, parts = compared(reference, logits, labels), Comparison()
-    for start in range(0, 100, 7):
-        parts.add(*(x[start : start + 7] for x in (reference, logits, labels)))
-    assert_equal(parts, whole)
+def test_totals_do_not_depend_on_the_order_of_the_images() -> None:
+    rows = drawn(1000, 10)
+    scale = 10.0 ** np.random.default_rng(0).integers(-12, 12, 1000)  # sums of such floats do
+    rows = replace(rows, signal=rows.signal * scale, noise=rows.noise * scale, divergence=rows.divergence * scale)
+    order = np.random.default_rng(1).permutation(1000)
+    mixed = Outcomes(**{f.name: getattr(rows, f.name)[order[: len(getattr(rows, f.name))]] for f in fields(Outcomes)})
+    assert Comparison.of(mixed) == Comparison.of(rows)
+    assert sum(rows.signal[order]) != sum(rows.signal)
 
 
 def test_two_classes_have_every_label_in_their_top_5() -> None:
-    c = compared(*draw(50, 2, noise=3))
+    c = Comparison.of(drawn(50, 2, noise=3))
     assert c.baseline[1] == c.engine[1] == 50
     assert c.shared_top5 == 50
     assert c.drop()[1] == 0
@@ -83,106 +78,59 @@ def test_two_classes_have_every_label_in_their_top_5() -> None:
 
 
 def test_an_identical_engine_loses_nothing() -> None:
-    reference, _, labels = draw(80, 10)
-    c = compared(reference, reference.copy(), labels)
+    c = Comparison.of(drawn(80, 10, noise=0))
     assert c.sqnr_db() == math.inf
     assert c.drop() == (0, 0)
-    assert (c.divergence, c.same_top1, c.shared_top5, c.p_value()) == (0, 80, 80, 1)
+    assert (c.divergence, c.same_top1, c.shared_top5, c.identical, c.p_value()) == (0, 80, 80, 80, 1)
     lo, hi = c.interval()
     assert lo == -hi < 0
 
 
-def test_a_constant_added_to_all_logits_changes_no_probability() -> None:
-    reference, logits, labels = draw(50, 10)
-    c, shifted = compared(reference, logits, labels), compared(reference, logits + 4, labels)
-    assert shifted.divergence == pytest.approx(c.divergence, rel=1e-5)
-    assert shifted.sqnr_db() < c.sqnr_db()
+def test_without_labels_there_is_fidelity_and_nothing_else() -> None:
+    c, labelled = Comparison.of(drawn(80, 10, labelled=False)), Comparison.of(drawn(80, 10))
+    for name in ("images", "same_top1", "shared_top5", "signal", "noise", "divergence", "identical"):
+        assert getattr(c, name) == getattr(labelled, name)
+    assert (c.baseline, c.engine, c.lost5, c.won5, c.labels) == ((0, 0), (0, 0), 0, 0, False)
+    assert c.right_to_wrong == c.wrong_to_right == c.wrong_to_wrong == 0
 
 
-def test_far_apart_logits_have_a_finite_divergence() -> None:
-    reference, logits = np.asarray([[3000.0, 0]]), np.asarray([[0, 3000.0]])
-    assert compared(reference, logits, np.asarray([0])).divergence == 3000
+def test_lost_and_won_are_told_apart() -> None:
+    c = Comparison.of(flips(1000, 30, 12))
+    assert (c.right_to_wrong, c.wrong_to_right, c.same_top1) == (30, 12, 958)
+    assert c.drop()[0] == pytest.approx(1.8)
 
 
-def test_of_equal_logits_the_lower_class_comes_first() -> None:
-    logits = np.asarray([[0, 2, 2, 1, 2, 1, 1], [0, 0, 0, 0, 0, 0, 0]], np.float32)
-    np.testing.assert_array_equal(top5(logits), [[1, 2, 4, 3, 5], [0, 1, 2, 3, 4]])
+# shards and the grid
+
+ABOUT = About("n" * 64, "onnxruntime", "1", "p" * 64, "m" * 64, {}, images=70, classes=12, batch=8)
 
 
-@pytest.mark.parametrize(
-    ("lost", "won"),
-    [(0, 0), (1, 0), (0, 1), (1, 1), (5, 0), (10, 3), (3, 10), (40, 41), (200, 150), (3000, 2800), (2600, 2600)],
-)
-def test_the_p_value_is_the_exact_mcnemar_test(lost: int, won: int) -> None:
-    expected = stats.binomtest(lost, lost + won).pvalue if lost + won else 1.0
-    assert flips(20_000, lost, won).p_value() == pytest.approx(expected, rel=1e-9)
+def test_shards_share_the_batches_of_one_grid() -> None:
+    assert list(grid(ABOUT, None)) == list(range(9))
+    assert list(grid(ABOUT, Shard(2, 4))) == [1, 5]
+    parts = [grid(ABOUT, Shard(i, 4)) for i in range(1, 5)]
+    assert sorted(batch for part in parts for batch in part) == list(range(9))
 
 
-@pytest.mark.parametrize(("images", "lost", "won"), [(100, 0, 0), (1000, 12, 7), (5000, 3, 90), (50, 20, 25)])
-def test_the_interval_is_walds_with_half_an_image_in_each_cell(images: int, lost: int, won: int) -> None:
-    both = (images - lost - won) // 2
-    cells = np.asarray([both, lost, won, images - both - lost - won]) + 0.5
-    p = cells / cells.sum()
-    difference = np.asarray([0, 1, -1, 0])  # of an image in each cell
-    mean = (p * difference).sum()
-    error = math.sqrt((p * (difference - mean) ** 2).sum() / cells.sum())
-    expected = 100 * (mean + stats.norm.ppf([0.025, 0.975]) * error)
-    assert flips(images, lost, won).interval() == pytest.approx(expected, rel=1e-12)
+def test_more_shards_than_batches_are_refused() -> None:
+    assert list(grid(ABOUT, Shard(9, 9))) == [8]
+    with pytest.raises(UsageError, match="70 images are too few for 10 shards") as caught:
+        grid(ABOUT, Shard(1, 10))
+    assert "9 batches of 8" in caught.value.hint
 
 
-@pytest.mark.parametrize("images", [300, 1000, 10_000])
-@pytest.mark.parametrize("rates", [(0.03, 0.03), (0.05, 0.02), (0.02, 0.08), (0.1, 0.09), (0.012, 0.008)])
-def test_the_interval_holds_the_true_drop_95_times_in_100(images: int, rates: tuple[float, float]) -> None:
-    rng = np.random.default_rng(images)
-    lost, won = rates
-    draws = rng.multinomial(images, [lost, won, 1 - lost - won], 2000)
-    intervals = np.asarray([flips(images, int(a), int(b)).interval() for a, b, _ in draws])
-    true = 100 * (lost - won)
-    coverage = np.mean((intervals[:, 0] <= true) & (true <= intervals[:, 1]))
-    assert 0.93 <= coverage <= 0.99
+def test_a_shard_is_written_as_it_is_given() -> None:
+    assert Shard.parse("3/4") == Shard(3, 4)
+    assert str(Shard.parse("1/1")) == "1/1"
 
 
-@pytest.mark.parametrize(("images", "rate"), [(50, 0.01), (200, 0.002), (200, 0.01)])
-def test_where_flips_are_rare_the_interval_is_rather_too_wide(images: int, rate: float) -> None:
-    draws = np.random.default_rng(images).multinomial(images, [rate, rate, 1 - 2 * rate], 2000)
-    intervals = np.asarray([flips(images, int(a), int(b)).interval() for a, b, _ in draws])
-    assert np.mean((intervals[:, 0] <= 0) & (intervals[:, 1] >= 0)) >= 0.93
+@pytest.mark.parametrize("text", ["", "3", "0/4", "5/4", "1/0", "-1/4", "a/4", "1/4/2", "1.0/4"])
+def test_what_is_no_shard_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is no shard"):
+        Shard.parse(text)
 
 
-def test_pass_and_fail_are_decided_by_the_ends_of_the_interval() -> None:
-    c = flips(10_000, 110, 60)
-    lo, hi = c.interval()
-    assert 0 < lo < 0.5 < hi < 1
-    assert judge(c, hi) == Verdict("PASS")
-    assert judge(c, hi + 1) == Verdict("PASS")
-    assert judge(c, lo - 1e-9) == Verdict("FAIL")
-    assert judge(c, -1) == Verdict("FAIL")
-    for budget in (lo, (lo + hi) / 2, hi - 1e-9):
-        assert judge(c, budget).word == "NOT ENOUGH IMAGES"
-
-
-@pytest.mark.parametrize("budget", [0.2, 0.3, 0.75, 1.0])
-@pytest.mark.parametrize(("images", "lost", "won"), [(1000, 25, 20), (2000, 60, 50), (500, 12, 10)])
-def test_the_images_needed_would_decide(images: int, lost: int, won: int, budget: float) -> None:
-    verdict = judge(flips(images, lost, won), budget)
-    assert verdict.word == "NOT ENOUGH IMAGES"
-    assert verdict.images_needed is not None
-    assert verdict.images_needed > images
-    digits = str(verdict.images_needed).rstrip("0")
-    assert len(digits) <= 2
-
-    def with_times(factor: float) -> str:
-        return judge(flips(round(images * factor), round(lost * factor), round(won * factor)), budget).word
-
-    factor = verdict.images_needed / images
-    assert with_times(1.15 * factor) == ("PASS" if 100 * (lost - won) / images < budget else "FAIL")
-    assert with_times(0.7 * factor) == "NOT ENOUGH IMAGES"
-
-
-def test_no_number_of_images_is_named_where_none_would_decide() -> None:
-    assert judge(flips(100, 0, 0), 0.0) == Verdict("NOT ENOUGH IMAGES", None)
-    assert judge(flips(100, 3, 3), 0.0) == Verdict("NOT ENOUGH IMAGES", None)
-    assert judge(flips(100, 3, 3), 1e-7) == Verdict("NOT ENOUGH IMAGES", None)
+# running
 
 
 class Function(Runner):
@@ -190,14 +138,200 @@ class Function(Runner):
 
     batch, input_size = None, 2
 
-    def __init__(self, function: Callable[[np.ndarray], np.ndarray]) -> None:
+    def __init__(self, function: Callable[[np.ndarray], np.ndarray] = lambda x: x) -> None:
         self.function = function
+        self.seen: list[int] = []
 
     def _run(self, pixels: np.ndarray) -> np.ndarray:
-        return self.function(pixels[:, 0].reshape(len(pixels), -1))
+        self.seen.append(len(pixels))
+        return self.function(pixels.reshape(len(pixels), -1))
 
     def close(self) -> None:
         raise AssertionError("the runners belong to the caller")
+
+
+def worse(x: np.ndarray) -> np.ndarray:
+    """Not the same for an image among others: as of a network whose sums depend on its batch."""
+    return x + 0.1 * x[:, ::-1] + np.float32(1e-3) * x.mean(0)
+
+
+@dataclass(frozen=True)
+class Made(ImageSet):
+    """Images of random pixels, drawn by their name; those in ``bad`` cannot be read."""
+
+    bad: frozenset[str] = frozenset()
+
+    def require(self, preprocess: Preprocess) -> None:
+        pass
+
+    def read(self, i: int, preprocess: Preprocess) -> np.ndarray:
+        if self.paths[i] in self.bad:
+            raise OSError("broken")
+        return np.random.default_rng(int(self.paths[i])).integers(0, 256, (2, 2, 3), np.uint8)
+
+
+PREPROCESS = Preprocess(crop=2, resize=2)
+LABELS = tuple(np.random.default_rng(5).integers(0, 12, 70).tolist())
+IMAGES = Made(Path("made"), tuple(map(str, range(70))), LABELS)
+
+
+class Run:
+    """A validation of one engine, or of a part: its runners, what was said, its rows."""
+
+    def __init__(
+        self,
+        root: Path,
+        images: Made = IMAGES,
+        shard: Shard | None = None,
+        skip_bad: bool = False,
+        engine: Callable[[np.ndarray], np.ndarray] = worse,
+        name: str = "e",
+    ) -> None:
+        self.baseline, self.engine = Function(), Function(engine)
+        console = Console(file=io.StringIO(), width=300)
+        with ExitStack() as stack:
+            stack.enter_context(progress.to(console))
+            stores = [stack.enter_context(Answers(root, replace(ABOUT, network=n))) for n in ("FP32", name)]
+            networks = [
+                Network(who, runner, store)
+                for who, runner, store in zip(
+                    ("the FP32 baseline", f"engine {name}"), (self.baseline, self.engine), stores, strict=True
+                )
+            ]
+            batches = grid(ABOUT, shard)
+            self.bad = answer(networks, images, PREPROCESS, batches, skip_bad)
+            self.rows = outcomes(stores[0], stores[1], images, batches)
+        self.said = console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def assert_same(one: Outcomes, other: Outcomes) -> None:
+    for f in fields(Outcomes):
+        np.testing.assert_array_equal(getattr(one, f.name), getattr(other, f.name), f.name)
+
+
+def test_rows_are_those_of_the_logits_of_each_batch(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    pixels = np.stack([IMAGES.read(i, PREPROCESS) for i in range(70)]).astype(np.float32).transpose(0, 3, 1, 2)
+    mean, std = (np.asarray(v, np.float32).reshape(3, 1, 1) for v in (PREPROCESS.mean, PREPROCESS.std))
+    x = ((pixels / np.float32(255) - mean) / std).reshape(70, 12)
+    whole = np.concatenate([worse(x[start : start + 8]) for start in range(0, 70, 8)])
+    assert run.rows.index.tolist() == list(range(70))
+    assert run.rows.label.tolist() == list(LABELS)
+    assert run.rows.baseline_top[:, 0].tolist() == x.argmax(1).tolist()
+    assert run.rows.engine_top[:, 0].tolist() == whole.argmax(1).tolist()
+    np.testing.assert_allclose(run.rows.noise, ((x - whole).astype(float) ** 2).sum(1), rtol=1e-4)
+    assert run.engine.seen == [8] * 8 + [6]
+
+
+@pytest.mark.parametrize("of", [2, 5])
+def test_shards_give_the_same_rows_to_the_last_bit(tmp_path: Path, of: int) -> None:
+    whole = Run(tmp_path / "whole").rows
+    parts = [Run(tmp_path / str(i), shard=Shard(i, of)).rows for i in range(1, of + 1)]
+    assert_same(join(parts), whole)
+    assert all(len(part) < 70 for part in parts)
+
+
+def test_a_second_engine_pays_only_for_itself(tmp_path: Path) -> None:
+    first = Run(tmp_path)
+    again = Run(tmp_path, name="other")
+    assert (first.baseline.seen, first.said.count("are there")) == ([8] * 8 + [6], 0)
+    assert (again.baseline.seen, again.engine.seen) == ([], [8] * 8 + [6])
+    assert "answers of the FP32 baseline are there for 9 of 9 batches" in again.said
+    assert_same(again.rows, first.rows)
+
+
+def test_what_was_cut_short_goes_on_at_the_next_batch(tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def until_the_fourth(x: np.ndarray) -> np.ndarray:
+        if len(calls) == 3:
+            raise Stop
+        calls.append(len(x))
+        return worse(x)
+
+    calls: list[int] = []
+    with pytest.raises(Stop):
+        Run(tmp_path, engine=until_the_fourth)
+    run = Run(tmp_path)
+    assert (run.baseline.seen, run.engine.seen) == ([8] * 4 + [6], [8] * 5 + [6])  # the fourth was kept of FP32
+    assert "answers of engine e are there for 3 of 9 batches" in run.said
+    assert_same(run.rows, Run(tmp_path / "whole").rows)
+    assert Run(tmp_path).engine.seen == []
+
+
+BAD = replace(IMAGES, bad=frozenset(("9", "20", *map(str, range(64, 70)))))
+
+
+def test_unreadable_images_are_named_all_of_a_batch(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="6 unreadable images in made") as caught:
+        Run(tmp_path, replace(BAD, bad=BAD.bad - {"9", "20"}))
+    assert "64: broken" in caught.value.evidence
+    assert "--skip-bad" in caught.value.hint
+
+
+def test_skipped_images_leave_empty_rows_in_every_run(tmp_path: Path) -> None:
+    run = Run(tmp_path, BAD, skip_bad=True)
+    assert run.bad == dict.fromkeys([9, 20, *range(64, 70)], "broken")
+    assert run.rows.skipped.tolist() == [9, 20, *range(64, 70)]
+    assert run.rows.index.tolist() == [i for i in range(64) if i not in (9, 20)]
+    assert run.rows.label.tolist() == [LABELS[i] for i in run.rows.index]
+    assert run.engine.seen == [8, 7, 7, 8, 8, 8, 8, 8]
+    again = Run(tmp_path, BAD, skip_bad=True)
+    assert (again.bad, again.engine.seen) == ({}, [])
+    assert_same(again.rows, run.rows)
+    parts = [Run(tmp_path / str(i), BAD, Shard(i, 3), skip_bad=True) for i in (3, 1, 2)]
+    assert_same(join([part.rows for part in parts]), run.rows)
+    assert {place: reason for part in parts for place, reason in part.bad.items()} == run.bad
+
+
+def test_what_was_skipped_is_an_error_for_a_run_that_may_not_skip(tmp_path: Path) -> None:
+    Run(tmp_path, BAD, skip_bad=True)
+    with pytest.raises(InputError, match="1 unreadable image in made") as caught:
+        Run(tmp_path, BAD)
+    assert caught.value.evidence == "9: broken"
+    assert Run(tmp_path, IMAGES).rows.skipped.tolist() == []  # readable again: only those batches are run
+    with Answers(tmp_path, replace(ABOUT, network="e")) as store:
+        assert all(store.state(batch) != MISSING for batch in range(9))
+
+
+def test_a_set_of_unreadable_images_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="none of the 70 images is readable"):
+        Run(tmp_path, replace(IMAGES, bad=frozenset(IMAGES.paths)), skip_bad=True)
+
+
+def test_an_engine_that_computes_nan_is_named_with_the_image(tmp_path: Path) -> None:
+    wrong = Run(tmp_path / "other").rows.index[43]
+
+    def poison(x: np.ndarray) -> np.ndarray:
+        calls.append(len(x))
+        y = worse(x)
+        y[3] = np.nan if len(calls) == 6 else y[3]
+        return y
+
+    calls: list[int] = []
+    with pytest.raises(BuildError, match="engine e computes NaN or infinity") as caught:
+        Run(tmp_path, engine=poison)
+    assert caught.value.evidence == f"on 1 of 8 images, first image {wrong} of the set"
+    assert Run(tmp_path).engine.seen == [8] * 3 + [6]  # nothing of it was kept
+
+
+def test_images_without_labels_are_compared(tmp_path: Path) -> None:
+    run = Run(tmp_path, replace(IMAGES, labels=None))
+    assert not run.rows.labels
+    assert_same(replace(run.rows, label=np.asarray(LABELS, np.int32)), Run(tmp_path / "labelled").rows)
+
+
+@pytest.mark.parametrize(("labels", "seen"), [([0, 3, 4], "labels 0 to 4"), ([0, -1, 2], "labels -1 to 2")])
+def test_a_label_out_of_range_is_refused(labels: list[int], seen: str) -> None:
+    with pytest.raises(InputError, match="a label is out of range") as caught:
+        check_labels(labels, 4)
+    assert caught.value.evidence == f"{seen}, 4 classes"
+    check_labels([0, 3], 4)
+    check_labels(None, 4)
+
+
+# in memory
 
 
 def labelled(labels: list[int] | None, size: int = 3) -> list[Batch]:
@@ -211,43 +345,161 @@ def labelled(labels: list[int] | None, size: int = 3) -> list[Batch]:
     ]
 
 
-def test_engines_are_compared_on_the_same_images() -> None:
-    labels = [0, 1, 2, 3, 0, 1, 2]
-    engines: dict[str, Runner] = {"same": Function(lambda x: x), "opposite": Function(lambda x: -x)}
-    results = compare(Function(lambda x: x), engines, labelled(labels))
-    x = np.concatenate([b.pixels for b in labelled(labels)])[:, 0].reshape(7, 4)
+def test_engines_are_compared_on_the_same_images_in_memory() -> None:
+    labels = [0, 1, 2, 3, 0, 1, 11]
+    engines: dict[str, Runner] = {"same": Function(), "opposite": Function(lambda x: -x)}
+    results = compare(Function(), engines, labelled(labels))
+    x = np.concatenate([b.pixels for b in labelled(labels)]).reshape(7, 12)
     assert list(results) == ["same", "opposite"]
     for name, sign in (("same", 1), ("opposite", -1)):
-        assert_equal(results[name], compared(x, sign * x, np.asarray(labels)))
+        assert results[name].baseline[0] == int((x.argmax(1) == labels).sum())
+        assert results[name].engine[0] == int(((sign * x).argmax(1) == labels).sum())
+    assert (results["same"].identical, results["opposite"].identical) == (7, 0)
 
 
-def poison(x: np.ndarray) -> np.ndarray:
-    """NaN for the fifth image of `labelled`."""
-    fifth = np.concatenate([b.pixels for b in labelled([0] * 7)])[4, 0].ravel()
-    return np.where((x == fifth).all(1, keepdims=True), np.nan, x)
-
-
-def test_an_engine_that_computes_nan_is_named_with_the_image() -> None:
-    engines: dict[str, Runner] = {"good": Function(lambda x: x), "tiny-fp16-cpu": Function(poison)}
-    with pytest.raises(BuildError, match="engine tiny-fp16-cpu computes NaN or infinity") as caught:
-        compare(Function(lambda x: x), engines, labelled([0] * 7))
-    assert caught.value.evidence == "on 1 of 3 images, first image 4 of the set"
-
-
-def test_a_baseline_that_computes_infinity_is_named() -> None:
+def test_a_wrong_label_or_value_stops_a_comparison_in_memory() -> None:
+    with pytest.raises(InputError, match="a label is out of range"):
+        compare(Function(), {"e": Function()}, labelled([0, 12]))
     with pytest.raises(BuildError, match="the FP32 baseline computes NaN or infinity") as caught:
         compare(Function(lambda x: x + np.float32(np.inf)), {}, labelled([0, 1]))
     assert caught.value.evidence.startswith("on 2 of 2 images, first image 0")
+    assert not compare(Function(), {"e": Function()}, labelled(None))["e"].labels
 
 
-@pytest.mark.parametrize(("labels", "seen"), [([0, 3, 4], "labels 0 to 4"), ([0, -1, 2], "labels -1 to 2")])
-def test_a_label_out_of_range_is_refused(labels: list[int], seen: str) -> None:
-    with pytest.raises(InputError, match="a label is out of range") as caught:
-        compare(Function(lambda x: x), {"e": Function(lambda x: x)}, labelled(labels))
-    assert caught.value.evidence == f"{seen}, 4 classes"
+def test_kept_answers_belong_to_the_model_the_images_and_who_computed_them(workspace: Path, tiny_path: Path) -> None:
+    job = Job(load_recipe(workspace, flags={"engine": {"precision": "fp16"}}), workspace, model=tiny_path)
+    (result,) = pipeline.validate_engines(job, [pipeline.ensure_engine(job)])
+    model, digests = graph.load(tiny_path), result["provenance"]["digests"]
+    (about,) = (workspace / "engines" / "out" / "answers").glob("*/about.json")
+    assert json.loads(about.read_text()) == {
+        "format": "edgeres answers 1",
+        "network": graph.digest(model),
+        "executor": "onnxruntime",
+        "version": result["provenance"]["versions"]["onnxruntime"],
+        "preprocess": Preprocess.from_json(graph.metadata(model)["preprocess"]).digest(),
+        "manifest": digests["images"],
+        "read_by": {key: result["provenance"]["versions"][key] for key in ("edgeres", "pillow")},
+        "images": 24,
+        "classes": 4,
+        "batch": 32,
+        "shard": None,
+    }
+    assert digests["model"] == graph.digest(model)
 
 
-def test_images_without_labels_are_refused() -> None:
-    with pytest.raises(InputError, match="have no labels") as caught:
-        compare(Function(lambda x: x), {"e": Function(lambda x: x)}, labelled(None))
-    assert "one folder per class" in caught.value.hint
+# killed at any moment
+
+SCRIPT = """
+import os, shutil, signal, sys, time
+from pathlib import Path
+import onnx, onnxruntime, PIL.Image
+from edgeres import answers, benchmark, pipeline, validate
+from edgeres.answers import Answers
+from edgeres.build import Engine
+from edgeres.job import Job
+from edgeres.outcomes import Outcomes
+from edgeres.recipe import load_recipe
+
+root, model, moments = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+folder = root / "engines" / "out" / "tiny-fp16-cpu"
+benchmark.SAMPLES, benchmark.SECONDS, answers.SYNC_EVERY = 3, 0.01, 0.0
+told = None
+
+def slow(owner, name, letter):
+    function = getattr(owner, name)
+    def wrapped(*arguments):
+        for mark in (letter, letter.upper()):
+            os.write(told, mark.encode())
+            time.sleep(0.001)
+            if mark == letter:
+                value = function(*arguments)
+        return value
+    setattr(owner, name, wrapped)
+
+slow(validate, "_infer", "i")
+slow(Answers, "write", "w")
+slow(Answers, "flush", "f")
+slow(Outcomes, "save", "s")
+slow(pipeline, "write_json", "j")
+slow(Answers, "remove", "r")
+
+def run(until=None):
+    "Validate in a process that is killed after so many steps -> the steps it took."
+    global told
+    ours, told = os.pipe()
+    process = os.fork()
+    if not process:
+        try:
+            recipe = load_recipe(root, flags={"engine": {"precision": "fp16"}})
+            pipeline.validate_engines(Job(recipe, root, model), [Engine.load(folder)])
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    os.close(told)
+    seen = b""
+    while (until is None or len(seen) < until) and (more := os.read(ours, 1)):
+        seen += more
+    if until is not None:
+        os.kill(process, signal.SIGKILL)
+    status = os.waitpid(process, 0)[1]
+    os.close(ours)
+    if until is None:
+        assert status == 0, status
+    else:
+        assert os.WIFSIGNALED(status), seen
+    return seen.decode()
+
+def fresh():
+    shutil.rmtree(root / "engines" / "out" / "answers", ignore_errors=True)
+    (folder / "result.json").unlink(missing_ok=True)
+    (folder / "outcomes.npz").unlink(missing_ok=True)
+
+whole = run()
+print("whole", whole, (folder / "result.json").read_text().replace(chr(10), ""))
+for i in range(moments):
+    fresh()
+    before = run(1 + i * (len(whole) - 2) // (moments - 1))
+    after = run()
+    print(before, after, (folder / "result.json").read_text().replace(chr(10), ""))
+"""
+
+
+def test_a_run_that_is_killed_at_any_moment_gives_the_same_result(workspace: Path, tiny_path: Path) -> None:
+    for i in range(96):
+        pixels = np.random.default_rng(i).integers(0, 256, (8, 8), np.uint8)
+        path = workspace / "many" / f"class{i % 4}" / f"{i}.pgm"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"P5 8 8 255\n" + pixels.tobytes())
+    toml = workspace / "edgeres.toml"
+    toml.write_text('[validation]\nimages = "many"\n[engine]\nprecision = "fp16"\n', encoding="utf-8")
+    pipeline.ensure_engine(Job(load_recipe(workspace), workspace, model=tiny_path))
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(workspace), str(tiny_path), "20"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (_, whole, reference), *runs = (line.split(" ", 2) for line in done.stdout.splitlines())
+    assert whole.count("i") == 6  # three batches, two networks
+    assert len(runs) == 20
+    moments = set()
+    for before, after, found in runs:
+        moments.add(before)
+        left = 6 - before.count("W")
+        # the batch under way may have been kept; an engine's answers go when its result is written
+        assert after.count("i") in ((0, 3) if "r" in before else (left, left - 1))
+        assert digits(found) == digits(reference)
+    assert len(moments) == 20
+
+
+def digits(text: str) -> dict[str, Any]:
+    """A result without its times and the load of the machine."""
+    record = json.loads(text)
+    assert record["images"] == 96
+    for side in ("baseline", "engine"):
+        record[side].pop("latency_ms")
+    record["provenance"]["machine"].pop("load_1min")
+    return {**record, "latency": None}

@@ -1,0 +1,156 @@
+"""What does validating a second engine cost, against running it on the same images and nothing else?
+
+    python benchmarks/validation.py --images DIR --json benchmarks/validation.json
+
+The first engine pays for the FP32 baseline, whose answers are kept. The second pays for itself: opening, hashing and
+reading the images, its inference, comparing, and writing the result. Measuring latency takes the same time whatever the
+set, and is left out. Each round validates the second engine and runs it bare, in turn; ratios are medians of rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+
+from edgeres import benchmark, graph, machine, pipeline
+from edgeres.baseline import preprocess_of
+from edgeres.build import Engine
+from edgeres.files import write_json
+from edgeres.job import BATCH, Job
+from edgeres.layouts import open_images
+from edgeres.loader import Loader
+from edgeres.recipe import Preprocess, load_recipe
+
+BAR = 1.1
+"""What validating a second engine may cost at most, in runs of it on the same images."""
+
+
+def main() -> None:
+    """Parse, measure, print, write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--images", type=Path, required=True, help="image folder, list file or pack")
+    parser.add_argument("--model", type=Path, help="FP32 ONNX; without it, ResNet-50 of random weights at 224")
+    parser.add_argument("--calibration", type=Path, help="images to calibrate on; without it, noise")
+    parser.add_argument("--limit", type=int, help="at most so many images")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="keep the results here")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(args, Path(folder))
+    show(result)
+    if args.json:
+        write_json(args.json, result)
+
+
+def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
+    """Everything -> one JSON object."""
+    model = args.model.resolve() if args.model else random_model(root / "random.onnx")
+    preprocess = preprocess_of(graph.load(model))
+    images = open_images(args.images).subset(args.limit)
+    source = args.images.resolve()
+    if images.classes and len(images.classes) != graph.metadata(graph.load(model))["classes"]:
+        source = root / "unlabelled.txt"  # the classes are not the model's: judge fidelity alone
+        source.write_text("".join(f"{(images.root / p).resolve()}\n" for p in images.paths), encoding="utf-8")
+    calibration = args.calibration.resolve() if args.calibration else write_noise(root / "noise")
+    flags = {
+        "calibration": {"images": str(calibration), "limit": 32 if args.calibration is None else 512},
+        "validation": {"images": str(source), "limit": args.limit},
+    }
+    engines = []
+    for method in ("minmax", "mse"):
+        flags["calibration"]["method"] = method
+        job = Job(load_recipe(root, flags=flags), root, model)
+        engines.append(pipeline.ensure_engine(job, root / method))
+    with patch.object(benchmark, "latency", no_latency):
+        first, _ = timed(lambda: pipeline.validate_engines(job, engines[:1]))
+        validated, bare = [], []
+        for _ in range(args.rounds):
+            seconds, (result,) = timed(lambda: pipeline.validate_engines(job, engines[1:]))
+            validated.append(seconds)
+            bare.append(timed(lambda: run(engines[1], images, preprocess))[0])
+    ratios = [a / b for a, b in zip(validated, bare, strict=True)]
+    answers = root / "engines" / "out" / "answers"
+    return {
+        "images": result["images"],
+        "labels": result["labels"],
+        "input_size": preprocess.crop,
+        "rounds": args.rounds,
+        "seconds": {"first": first, "second": median(validated), "bare": median(bare)},
+        "ratio": median(ratios),
+        "ratios": ratios,
+        "bar": BAR,
+        "kept_mb": sum(path.stat().st_size for path in answers.rglob("*") if path.is_file()) / 1e6,
+        "machine": machine.describe(),
+        "versions": machine.versions("numpy", "onnxruntime", "pillow"),
+    }
+
+
+def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds that ``function`` takes, and what it returns."""
+    start = time.perf_counter()
+    value = function()
+    return time.perf_counter() - start, value
+
+
+def run(engine: Engine, images: Any, preprocess: Preprocess) -> None:
+    """Open the engine, read every image, run it: what nobody can do without."""
+    with engine.open() as runner:
+        for batch in Loader(images, preprocess, BATCH):
+            runner.infer(batch.pixels)
+
+
+def no_latency(runners: dict[str, Any], *_: Any) -> dict[str, np.ndarray]:
+    """In place of `benchmark.latency`."""
+    return {name: np.ones(1) for name in runners}
+
+
+def random_model(path: Path) -> Path:
+    """FP32 ONNX of ResNet-50 v1.5 with random weights at 224: as fast as a trained one."""
+    import torch
+
+    from edgeres.export import export_onnx
+    from edgeres.model import resnet
+
+    torch.manual_seed(0)
+    record = {"variant": "v1.5", "weights": {"source": "random", "sha256": "0" * 64}}
+    graph.save(export_onnx(resnet(50, "v1.5"), Preprocess(), record), path)
+    return path
+
+
+def write_noise(folder: Path, count: int = 32) -> Path:
+    """Images to calibrate random weights on."""
+    from PIL import Image
+
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "noise").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, (256, 256, 3), np.uint8)).save(folder / "noise" / f"{i:02}.png")
+    return folder
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print one small table."""
+    print(f"{result['images']:,} images at {result['input_size']}, {result['machine']['cpu']}\n")
+    rows = {
+        "first engine, with the FP32 baseline": result["seconds"]["first"],
+        "second engine": result["seconds"]["second"],
+        "second engine, bare inference": result["seconds"]["bare"],
+    }
+    for name, seconds in rows.items():
+        print(f"{name:40}{seconds:>10.2f} s{1e3 * seconds / result['images']:>10.3f} ms/image")
+    print(f"\nsecond engine / bare inference: {result['ratio']:.3f} (bar: {result['bar']})")
+    print(f"answers kept of FP32: {result['kept_mb']:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

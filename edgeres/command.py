@@ -1,0 +1,104 @@
+"""What every command shares: errors as exit statuses, --json and --quiet, the job that flags and recipe describe."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+
+from edgeres import progress
+from edgeres.errors import EdgeresError
+from edgeres.options import OPTIONS
+from edgeres.recipe import AUTO, find_workspace, load_recipe
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+CANNOT_WRITE = {errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS}
+
+
+class Failure(click.ClickException):
+    """An `EdgeresError` on its way out: cause, evidence, next step; no traceback."""
+
+    def __init__(self, error: EdgeresError) -> None:
+        super().__init__(error.cause)
+        self.error = error
+        self.exit_code = error.exit_code  # type: ignore[misc]
+
+    def show(self, file: Any = None) -> None:
+        click.secho(f"Error: {self.error.cause}", fg="red", err=True)
+        for line in self.error.evidence.splitlines():
+            click.echo(f"  {line}", err=True)
+        if self.error.hint:
+            click.echo(f"Next: {self.error.hint}", err=True)
+
+
+class Commands(click.Group):
+    """The one place where edgeres' errors become exit statuses; a bug keeps its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EdgeresError as error:
+            raise Failure(error) from error
+        except OSError as error:
+            if error.errno not in CANNOT_WRITE:
+                raise
+            cause = f"cannot write {error.filename or 'a file'}"
+            hint = "make room there, or write elsewhere with -o or from another workspace"
+            raise Failure(EdgeresError(cause, evidence=error.strerror or "", hint=hint)) from error
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of the flow, not of the alphabet
+
+
+def command_of(group: click.Group, *names: str) -> Callable[[F], Any]:
+    """A command of ``group`` with `OPTIONS` by name, --json and --quiet, called with ``show(value, *renderables)``."""
+
+    def decorate(function: F) -> Any:
+        @functools.wraps(function)
+        def wrapper(as_json: bool, quiet: bool, **kwargs: Any) -> Any:
+            def show(value: Any, *renderables: Any) -> None:
+                from edgeres.files import to_json
+
+                if as_json:
+                    click.echo(to_json(value, indent=1))
+                else:
+                    # a pipe has no width of its own: never cut a table to guess one
+                    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+                    for item in renderables:
+                        console.print(item)
+
+            with progress.to(None if quiet else Console(stderr=True)):
+                return function(show=show, **kwargs)
+
+        # the outermost decorator is the first line of --help
+        decorated: Any = click.option("--quiet", is_flag=True, help="No progress on stderr.")(wrapper)
+        decorated = click.option("--json", "as_json", is_flag=True, help="Result as JSON on stdout.")(decorated)
+        for name in reversed(names):
+            decorated = OPTIONS[name](decorated)
+        return group.command(decorated.__name__.rstrip("_").replace("_", "-"))(decorated)
+
+    return decorate
+
+
+def job(recipe: Path | None = None, model: Path | None = None, skip_bad: bool = False, force: bool = False) -> Any:
+    """Workspace, recipe and flags -> `pipeline.Job`."""
+    from edgeres.job import Job
+
+    root = find_workspace(recipe.parent if recipe else Path.cwd())
+    asked = load_recipe(root, recipe, click.get_current_context().meta.get("flags"))
+    if asked.engine.target == AUTO:
+        from edgeres import doctor
+
+        target = doctor.detect(doctor.gather())
+        progress.say(f"target auto is {target} here")
+        asked = replace(asked, engine=replace(asked.engine, target=target))
+    return Job(asked, root, model, skip_bad, force)

@@ -1,0 +1,63 @@
+"""Intervals and tests on counts of images. Shares come in percent, differences in percentage points."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+Z95 = 1.959963984540054
+"""Two-sided 95% quantile of the normal distribution."""
+
+Interval = tuple[float, float]
+
+
+def wilson(hits: int, images: int) -> Interval:
+    """95% score interval of ``hits`` among ``images``, percent (Wilson 1927, JASA 22)."""
+    n, squared = images + Z95**2, Z95**2
+    center = (hits + squared / 2) / n
+    half = Z95 * math.sqrt(hits * (images - hits) / images + squared / 4) / n
+    # at the ends of the scale the formula gives 0 and 1 but for rounding
+    return 100 * (center - half) if hits else 0.0, 100 * (center + half) if hits < images else 100.0
+
+
+def paired(lost: int, won: int, images: int) -> Interval:
+    """95% interval of a drop in points, paired by image: ``lost`` went from right to wrong, ``won`` the other way.
+
+    Agresti and Min 2005, "Simple improved confidence intervals for comparing matched proportions" (Statistics in
+    Medicine 24): Wald's interval after adding 1/2 to each of the four cells.
+    """
+    n = images + 2
+    a, b = lost + 0.5, won + 0.5
+    center = (a - b) / n
+    half = Z95 * math.sqrt(a + b - (a - b) ** 2 / n) / n
+    return 100 * (center - half), 100 * (center + half)
+
+
+def unpaired(before: tuple[int, int], after: tuple[int, int]) -> Interval:
+    """95% interval of a drop in points between two (hits, images) that are not matched image by image.
+
+    Newcombe 1998, "Interval estimation for the difference between independent proportions" (Statistics in Medicine
+    17), method 10: from the Wilson interval of each.
+    """
+    p, q = (100 * hits / images for hits, images in (before, after))
+    (p_lo, p_hi), (q_lo, q_hi) = wilson(*before), wilson(*after)
+    return p - q - math.hypot(p - p_lo, q_hi - q), p - q + math.hypot(p_hi - p, q - q_lo)
+
+
+def mcnemar(lost: int, won: int) -> float:
+    """Exact two-sided p-value of the hypothesis that ``lost`` and ``won`` are equally likely (McNemar's test)."""
+    changed, fewer = lost + won, min(lost, won)
+    tail = term = 1  # binomial coefficients in whole numbers: exact for any count
+    for k in range(fewer):
+        term = term * (changed - k) // (k + 1)
+        tail += term
+    return min(1.0, 2 * tail / 2**changed)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """``p_values`` adjusted for being many, in their order (Holm 1979): those below 0.05 hold at 5% all together."""
+    adjusted, least = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = least
+    return adjusted
