@@ -240,12 +240,12 @@ def inspect(show: Any, path: Path | None, plot: str | None, profile: Path | None
         raise UsageError("a plot needs a range table, --plot TENSOR and -o FILE")
     if profile and path is None:
         raise UsageError("a profile needs the engine or the layers that it belongs to")
-    if plot and path and output:
-        inspection.plot(path, plot, output)
-        show({"plot": str(output)}, str(output))
-    elif path is None:
+    if path is None:
         recipe = job().recipe
         show(*inspection.network(recipe.model, recipe.preprocess.crop))
+    elif plot and output:
+        inspection.plot(path, plot, output)
+        show({"plot": str(output)}, str(output))
     else:
         show(*inspection.artifact(path, profile))
 

@@ -22,6 +22,10 @@ T = TypeVar("T")
 S = TypeVar("S")
 
 
+HASHED = 64
+"""Files that one task hashes: a task for each small file would cost more than reading it."""
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """Image files in a fixed order. ``paths`` are relative to ``root``; ``labels`` are class indices, or None.
@@ -67,7 +71,9 @@ class ImageSet:
 
     def hashes(self) -> tuple[str, ...]:
         """SHA-256 of each image's file, in order."""
-        return tuple(threaded(self._hash, range(len(self))))
+        places = range(len(self))
+        pieces = [places[i : i + HASHED] for i in places[::HASHED]]
+        return tuple(h for piece in threaded(lambda some: [self._hash(i) for i in some], pieces) for h in piece)
 
     def _hash(self, i: int) -> str:
         return sha256_file(self.root / self.paths[i])

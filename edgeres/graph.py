@@ -30,7 +30,7 @@ def load(path: Path) -> Any:
         raise InputError(f"no ONNX file {path}", hint="`edgeres export` writes one")
     try:
         model = onnx.load(path)
-        onnx.checker.check_model(model)
+        onnx.checker.check_model(str(path))  # given the model, it would serialize all of it first
     except Exception as error:  # protobuf and the checker raise many kinds, none of them documented
         raise InputError(
             f"{path} is not a valid ONNX file",

@@ -4,9 +4,9 @@ What a library can do is asked of the library, never of its version: members are
 or ``False`` that it returns becomes an error with what its logger and parser said.
 """
 
+from edgeres.trt.bindings import EXECUTORS, ahead_of_time, load_library, logger, strongly_typed
 from edgeres.trt.builder import Built, OutOfMemory, build, build_plan
 from edgeres.trt.calibrator import Calibration
-from edgeres.trt.library import EXECUTORS, ahead_of_time, load_library, logger, strongly_typed
 from edgeres.trt.options import MIB, Options
 
 __all__ = [

@@ -14,18 +14,7 @@ from typing import TYPE_CHECKING, Any
 from edgeres.errors import BuildError
 from edgeres.files import atomic
 from edgeres.progress import busy, say
-from edgeres.trt.calibrator import Calibration, calibrator
-from edgeres.trt.configure import (
-    NAMED,
-    calibration_shape,
-    check,
-    configure,
-    require_dla,
-    set_batches,
-    use_dla,
-    weakly_typed,
-)
-from edgeres.trt.library import (
+from edgeres.trt.bindings import (
     EXECUTORS,
     MEMORY,
     WORKSPACE,
@@ -36,6 +25,17 @@ from edgeres.trt.library import (
     logger,
     strongly_typed,
     title,
+)
+from edgeres.trt.calibrator import Calibration, calibrator
+from edgeres.trt.configure import (
+    NAMED,
+    calibration_shape,
+    check,
+    configure,
+    require_dla,
+    set_batches,
+    use_dla,
+    weakly_typed,
 )
 from edgeres.trt.options import MIB, Options
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeres.errors import BuildError, InputError, UsageError
 from edgeres.recipe import at_least, one_of
-from edgeres.trt.library import title
+from edgeres.trt.bindings import title
 
 if TYPE_CHECKING:
     import numpy as np

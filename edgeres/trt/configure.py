@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from edgeres.errors import BuildError, UsageError
+from edgeres.trt.bindings import Parts, ahead_of_time, given, strongly_typed, title
 from edgeres.trt.calibrator import Calibration
-from edgeres.trt.library import Parts, ahead_of_time, given, strongly_typed, title
 from edgeres.trt.options import HARDWARE, POOLS, VERBOSITY, Options
 
 NAMED = 10
