@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgeres import trt
 from edgeres.errors import BuildError, MissingDependency, UsageError
-from edgeres.trt import Calibration, Options, OutOfMemory, build, build_plan, builder, library
+from edgeres.trt import Calibration, Options, OutOfMemory, bindings, build, build_plan, builder
 from edgeres.trt.configure import set_batches
 from edgeres.trt.options import MIB
 
@@ -513,7 +513,7 @@ def test_a_library_may_be_missing_or_broken(monkeypatch: pytest.MonkeyPatch) -> 
     def broken(*_: str) -> None:
         raise OSError("libnvinfer.so.10: cannot open shared object file")
 
-    monkeypatch.setattr(library, "need", broken)
+    monkeypatch.setattr(bindings, "need", broken)
     with pytest.raises(MissingDependency, match=r"does not load\nlibnvinfer.so.10"):
         trt.load_library("tensorrt")
 
