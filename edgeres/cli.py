@@ -212,15 +212,20 @@ def benchmark(
 def run(show: Any, recipe: Path, output: Path | None, **options: Any) -> None:
     """Weights to verdict, from one recipe.
 
-    -o keeps the list of results as JSON. Exit status 1 if the recipe's budget is not shown to be met.
+    -o keeps the list of results as JSON, with the outcomes beside it, for --accepted. Exit status 1 if the recipe's
+    budget is not shown to be met.
     """
+    import shutil
+
     from edgeres import pipeline
     from edgeres.files import write_json
+    from edgeres.outcomes import beside
 
     work = job(recipe=recipe, **options)
     results = pipeline.run(work, (work.recipe.engine.precision,))
     if output:
         write_json(output, results)
+        shutil.copyfile(beside(work.folder / "result.json"), beside(output))
     _show_results(show, results)
 
 

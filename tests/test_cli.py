@@ -200,6 +200,9 @@ def test_run_keeps_the_results(workspace: Path, checkpoint: Path, edgeres: Run) 
     (kept,) = json.loads(result.stdout)
     assert (kept["images"], kept["model"], kept["verdict"]) == (12, "resnet50 v1", "PASS")
     assert kept["provenance"]["quantization"]["method"] == "minmax"
+    again = edgeres("run", recipe, "--limit", 12, "--accepted", "kept.json", "--json")
+    assert again.exit_code == 0, again.stderr
+    assert "(image by image)" in " ".join(json.loads(again.stdout)[0]["reasons"]) or "to the last bit" in again.stdout
 
 
 def test_interface_equalization_and_method_are_flags(workspace: Path, tiny_path: Path, edgeres: Run) -> None:

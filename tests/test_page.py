@@ -267,10 +267,8 @@ def test_without_labels_answers_are_compared() -> None:
 
 
 def test_a_former_result_says_what_it_lacks(tmp_path: Path) -> None:
-    root = Path(__file__).parents[1] / "engines"
-    results = [r for path in sorted(root.glob("*.result.json")) for r in result.load(path)]
-    text = words(*results)
-    assert "INT8 resnet50 v1.5" in text
+    text = words(*result.load(Path(__file__).parent / "data" / "result-1.json"))
+    assert "resnet50 v1.5" in text
     for missing in (
         "Intervals of latency",
         "Fidelity layer by layer",
