@@ -21,6 +21,7 @@ from unittest.mock import patch
 
 import numpy as np
 
+from calibration import make_model
 from edgeres import graph, lineup, machine, pipeline
 from edgeres.baseline import preprocess_of
 from edgeres.build import Engine
@@ -53,7 +54,7 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     """Everything -> one JSON object."""
-    model = args.model.resolve() if args.model else random_model(root / "random.onnx")
+    model = args.model.resolve() if args.model else make_model(root / "random.onnx")
     preprocess = preprocess_of(graph.load(model))
     images = open_images(args.images).subset(args.limit)
     source = args.images.resolve()
@@ -106,19 +107,6 @@ def run(engine: Engine, images: Any, preprocess: Preprocess) -> None:
     with engine.open() as runner:
         for batch in Loader(images, preprocess, BATCH):
             runner.infer(batch.pixels)
-
-
-def random_model(path: Path) -> Path:
-    """FP32 ONNX of ResNet-50 v1.5 with random weights at 224: as fast as a trained one."""
-    import torch
-
-    from edgeres.export import export_onnx
-    from edgeres.model import resnet
-
-    torch.manual_seed(0)
-    record = {"variant": "v1.5", "weights": {"source": "random", "sha256": "0" * 64}}
-    graph.save(export_onnx(resnet(50, "v1.5"), Preprocess(), record), path)
-    return path
 
 
 def write_noise(folder: Path, count: int = 32) -> Path:

@@ -119,7 +119,7 @@ def validate_engines(job: Job, engines: list[build.Engine], shard: Shard | None 
     _refuse_other_models(job, engines, fp32, network, record["preprocess"])
     images = _images_to_judge(job, record["classes"])
     manifest = hashed(images)
-    _refuse_overlap(job, manifest)
+    _refuse_overlap(job, engines, manifest)
     accepted = [_accepted(job, engine) for engine in engines]  # before the minutes that the rest takes
     digests = {"model": network, "images": manifest.digest(), "weights": record["weights"]}
     about = About(
@@ -211,15 +211,17 @@ def _about(baseline: About, engine: build.Engine, shard: Shard | None) -> About:
     return replace(baseline, **own, shard=str(shard) if shard else None)
 
 
-def _refuse_overlap(job: Job, validation: Manifest) -> None:
+def _refuse_overlap(job: Job, engines: list[build.Engine], validation: Manifest) -> None:
     """An engine judged on the images it was calibrated on looks better than it is."""
-    if not job.manifest.is_file():
-        return
-    calibration = Manifest.from_text(job.manifest.read_text(encoding="utf-8", errors="surrogateescape"))
-    if shared := set(calibration.hashes) & set(validation.hashes):
-        path = next(p for p, h in zip(validation.paths, validation.hashes, strict=True) if h in shared)
-        raise InputError(
-            f"{len(shared)} validation images are calibration images too",
-            evidence=f"the first is {path}, listed in {job.show(job.manifest)}",
-            hint="calibrate on images of the training split",
-        )
+    # TensorRT's own calibrators make no table: their images are listed beside the graph
+    for listed in (job.manifest, *(engine.path.with_name("model.txt") for engine in engines)):
+        if not listed.is_file():
+            continue
+        calibration = Manifest.from_text(listed.read_text(encoding="utf-8", errors="surrogateescape"))
+        if shared := set(calibration.hashes) & set(validation.hashes):
+            path = next(p for p, h in zip(validation.paths, validation.hashes, strict=True) if h in shared)
+            raise InputError(
+                f"{len(shared)} validation images are calibration images too",
+                evidence=f"the first is {path}, listed in {job.show(listed)}",
+                hint="calibrate on images of the training split",
+            )

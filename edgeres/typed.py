@@ -20,7 +20,7 @@ from edgeres.lint import require_clean
 from edgeres.loader import Loader
 from edgeres.progress import say
 from edgeres.quantize import Scheme, float_operators, interval
-from edgeres.ranges import calibration_source, ensure_table
+from edgeres.ranges import calibration_images, calibration_source, ensure_table, hashed
 from edgeres.recipe import AUTO, ON_DEVICE
 from edgeres.targets import Target, load_target, scheme_for
 from edgeres.thresholds import METHODS
@@ -47,7 +47,12 @@ def quantize_model(job: Job, output: Path | None = None) -> Path:
             "weight_bits": scheme.weight_bits,
             "rest": scheme.rest,
         }
-        if calibration.method not in ON_DEVICE:
+        if calibration.method in ON_DEVICE:
+            manifest = hashed(calibration_images(job))
+            asked["quantization"] |= {"images_digest": manifest.digest(), "images": len(manifest.paths)}
+            with atomic(path.with_suffix(".txt")) as temporary:  # no table is made that would have it beside it
+                temporary.write_text(manifest.to_text(), encoding="utf-8", errors="surrogateescape")
+        else:
             table_path, table = ensure_table(job, model)
             asked["quantization"] |= {"table": sha256_file(table_path), "images": table.images}
     if target.dla:

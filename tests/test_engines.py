@@ -155,6 +155,11 @@ def test_tensorrt_may_calibrate_by_itself(workspace: Path, tiny_path: Path, inst
     made = graph.metadata(graph.load(workspace / "engines" / "out" / "tiny-int8-desktop-implicit" / "model.onnx"))
     assert made["quantization"]["method"] == "tensorrt-entropy"
     assert "table" not in made["quantization"]
+    assert made["quantization"]["images"] == 32
+    run(tiny_path, *command, "--limit", "8", code=1)
+    less = graph.metadata(graph.load(workspace / "engines" / "out" / "tiny-int8-desktop-implicit" / "model.onnx"))
+    assert less["quantization"]["images"] == 8
+    assert less["quantization"]["images_digest"] != made["quantization"]["images_digest"]
     assert not list(workspace.rglob("*.cache"))
 
 

@@ -243,3 +243,15 @@ def test_the_engine_record_says_how_it_was_chosen(make: Make) -> None:
     assert (record["io"], record["chosen"]["method"]) == ("uint8", "mse")
     _, said = told(pipeline.ensure_engine, make(engine__io="uint8"))
     assert "built" not in said
+
+
+def test_images_that_tensorrt_calibrated_on_may_not_judge(make: Make) -> None:
+    job = make()
+    engine = pipeline.ensure_engine(job)
+    job.manifest.unlink()
+    pipeline.validate_engines(job, [engine])
+    listed = engine.path.with_name("model.txt")
+    listed.write_text(ranges.hashed(pipeline.validation_images(job)).to_text(), encoding="utf-8")
+    with pytest.raises(InputError, match="24 validation images are calibration images too") as caught:
+        pipeline.validate_engines(job, [engine])
+    assert "model.txt" in caught.value.evidence
