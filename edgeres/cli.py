@@ -9,11 +9,11 @@ from typing import Any
 import click
 
 import edgeres
-from edgeres import progress
+from edgeres import cli_results, progress
+from edgeres.cli_results import show_results
 from edgeres.command import Commands, command_of, job
 from edgeres.errors import UsageError
 from edgeres.options import PATH
-from edgeres.recipe import find_workspace
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -138,7 +138,7 @@ def validate(show: Any, engines: tuple[Path, ...], shard: str | None, **options:
     work = job(**options)
     part = Shard.parse(shard) if shard else None
     loaded = [Engine.load(path) for path in engines or (work.folder,)]
-    _show_results(show, pipeline.validate_engines(work, loaded, part), as_list=len(loaded) > 1)
+    show_results(show, pipeline.validate_engines(work, loaded, part), as_list=len(loaded) > 1)
 
 
 def _batches(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[int, ...]:
@@ -226,7 +226,7 @@ def run(show: Any, recipe: Path, output: Path | None, **options: Any) -> None:
     if output:
         write_json(output, results)
         shutil.copyfile(beside(work.folder / "result.json"), beside(output))
-    _show_results(show, results)
+    show_results(show, results)
 
 
 @command("depth", "variant", "classes", "input-size", "output")
@@ -285,117 +285,12 @@ def demo(show: Any) -> None:
     from edgeres import demo as example
 
     flags = click.get_current_context().meta.get("flags", {})
-    _show_results(show, example.run(flags.get("model", {}).get("variant", "v1.5"), flags.get("seed", 0)))
+    show_results(show, example.run(flags.get("model", {}).get("variant", "v1.5"), flags.get("seed", 0)))
 
 
-@cli.group(cls=Commands)
-def report() -> None:
-    """Look at results, and join those of shards."""
-
-
-@command_of(report, "output")
-@click.argument("results", nargs=-1, required=True, type=PATH)
-def merge(show: Any, results: tuple[Path, ...], output: Path | None) -> None:
-    """Results of all shards -> the result of one run.
-
-    RESULTS are what `edgeres validate --shard` wrote, each with its outcomes beside it. Without -o, to result.json.
-    Exit status 1 if their budget is not shown to be met.
-    """
-    from edgeres import merge as shards
-
-    _show_results(show, [shards.merge(results, output or Path("result.json"), find_workspace(Path.cwd()))], False)
-
-
-@command_of(report, "data", "labels")
-@click.argument("results", nargs=-1, required=True, type=PATH)
-@click.option("--html", type=PATH, help="Write one HTML page that needs nothing beside it.")
-@click.option("--markdown", type=PATH, help="Write Markdown, for a pull request.")
-@click.option("--junit", type=PATH, help="Write JUnit XML: a test case for each budget.")
-def show(show: Any, results: tuple[Path, ...], html: Path | None, markdown: Path | None, junit: Path | None) -> None:
-    """Results side by side, here and as files.
-
-    RESULTS are result.json files, engine folders, and what `edgeres benchmark -o` wrote: the latency of those. The page
-    has pictures of images whose answer changed where they are found: those of --data, or of the workspace.
-    """
-    from edgeres import publish
-    from edgeres.report import shown
-
-    found = publish.read(results)
-    records = [record for record, _ in found]
-    publish.write(found, html, markdown, junit, lambda: _images(job().recipe.validation))
-    show(records, *shown(records))
-
-
-def _images(section: Any) -> Any:
-    """The images that a page may show; None where those of the workspace are not on this machine."""
-    from edgeres.layouts import open_images
-
-    asked = click.get_current_context().meta.get("flags", {}).get("validation", {})
-    if section.images is None or ("images" not in asked and not Path(section.images).exists()):
-        return None
-    return open_images(section.images, section.labels)
-
-
-@command()
-@click.argument("a", type=PATH)
-@click.argument("b", type=PATH)
-def diff(show: Any, a: Path, b: Path) -> None:
-    """What changed from A to B.
-
-    A and B are results, engine folders or engine.json files. Exit status 1 if B is worse beyond noise in top-1 or p50.
-    """
-    from edgeres.diff import diff as compare
-
-    value, shown = compare(a, b)
-    show(value, shown)
-    if value["worse"]:
-        click.get_current_context().exit(1)
-
-
-@command("output")
-@click.argument("result", type=PATH)
-def card(show: Any, result: Path, output: Path | None) -> None:
-    """Model card of a result, in Markdown.
-
-    RESULT is a result.json or an engine folder. Without -o, to card.md.
-    """
-    from edgeres.card import write_card
-
-    path = output or Path("card.md")
-    write_card(result, path)
-    show({"card": str(path)}, str(path))
-
-
-@cli.group(cls=Commands)
-def data() -> None:
-    """Look at image sets."""
-
-
-@command_of(data, "labels")
-@click.argument("source", type=PATH)
-@click.option("--against", type=PATH, help="A set that must not share an image with this one, by content.")
-def check(show: Any, source: Path, against: Path | None) -> None:
-    """What a set holds, and what is wrong with it.
-
-    Reads every image, and checks a pack's pixels against its digest. Exit status 1 for unreadable images, labels out of
-    range, or images shared with --against.
-    """
-    from edgeres import datacheck
-    from edgeres.layouts import open_images
-
-    images = open_images(source, job().recipe.validation.labels)
-    report = datacheck.check(images, open_images(against) if against else None)
-    show(report, datacheck.table(report))
-    if report["unreadable"] or report["overlap"] or report["labels_out_of_range"]:
-        click.get_current_context().exit(1)
-
-
-def _show_results(show: Any, results: list[dict[str, Any]], as_list: bool = True) -> None:
-    from edgeres import report
-
-    show(results if as_list else results[0], *report.shown(results))
-    if not report.met(results):
-        click.get_current_context().exit(1)
+for group in (cli_results.commands,):
+    for each in group.commands.values():
+        cli.add_command(each)
 
 
 def main() -> None:
