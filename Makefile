@@ -5,6 +5,8 @@ BIN := .venv/bin
 READY := .venv/ready
 # an environment with the base dependencies alone: what a device has
 BASE := .venv-base/ready
+# what a device without a GPU has: the base dependencies and ONNX Runtime
+DEVICE := .venv-device/ready
 
 .PHONY: help demo test test-slow check format clean
 
@@ -14,7 +16,7 @@ help:                ## this list
 demo: $(READY)       ## the whole flow offline: train, export, quantize, build, validate
 	@$(BIN)/edgeres demo
 
-test: $(READY) $(BASE) ## the tests
+test: $(READY) $(BASE) $(DEVICE) ## the tests
 	$(BIN)/pytest
 
 test-slow: $(READY)  ## the tests at real sizes
@@ -30,7 +32,7 @@ format: $(READY)     ## format and fix what can be fixed
 	$(BIN)/ruff check --fix .
 
 clean:               ## remove the environments and everything built
-	rm -rf .venv .venv-base dist engines/out .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-base .venv-device dist engines/out .mypy_cache .pytest_cache .ruff_cache
 
 $(READY): pyproject.toml constraints.txt
 	@echo "setting up .venv (once)"
@@ -41,4 +43,9 @@ $(READY): pyproject.toml constraints.txt
 $(BASE): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv .venv-base
 	@.venv-base/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(DEVICE): pyproject.toml constraints.txt
+	@$(PYTHON) -m venv .venv-device
+	@.venv-device/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . onnxruntime
 	@touch $@
