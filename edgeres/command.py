@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -47,16 +48,23 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except EdgeresError as error:
-            raise Failure(error) from error
+            raise _failure(ctx, error) from error
         except OSError as error:
             if error.errno not in CANNOT_WRITE:
                 raise
             cause = f"cannot write {error.filename or 'a file'}"
             hint = "make room there, or write elsewhere with -o or from another workspace"
-            raise Failure(EdgeresError(cause, evidence=error.strerror or "", hint=hint)) from error
+            raise _failure(ctx, EdgeresError(cause, evidence=error.strerror or "", hint=hint)) from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)  # in the order of the flow, not of the alphabet
+
+
+def _failure(ctx: click.Context, error: EdgeresError) -> Failure:
+    """``error`` on its way out; under --json stdout has it too, as scripts read nothing else."""
+    if ctx.meta.get("json"):
+        click.echo(json.dumps({"error": {"cause": error.cause, "evidence": error.evidence, "next": error.hint}}))
+    return Failure(error)
 
 
 def command_of(group: click.Group, *names: str) -> Callable[[F], Any]:
@@ -76,6 +84,7 @@ def command_of(group: click.Group, *names: str) -> Callable[[F], Any]:
                     for item in renderables:
                         console.print(item)
 
+            click.get_current_context().meta["json"] = as_json
             with progress.to(None if quiet else Console(stderr=True)):
                 return function(show=show, **kwargs)
 

@@ -372,3 +372,22 @@ def test_a_pack_holds_the_whole_set_unless_a_flag_limits_it(workspace: Path, edg
     some = edgeres("pack", val_folder, "--input-size", 32, "--limit", 5, "-o", "some.pack")
     assert "5 of 24 images" in some.stderr
     failed(edgeres("pack", "some.pack"), 2, "is a pack already")
+
+
+def test_an_error_under_json_is_json_on_stdout_too(workspace: Path, edgeres: Run) -> None:
+    found = edgeres("inspect", "none.onnx", "--json")
+    failed(found, 1, "none.onnx")
+    error = json.loads(found.stdout)["error"]
+    assert found.stderr.startswith(f"Error: {error['cause']}")
+    assert set(error) == {"cause", "evidence", "next"}
+    assert edgeres("inspect", "none.onnx").stdout == ""
+
+
+def test_a_disk_that_cannot_be_written_is_json_too(
+    workspace: Path, edgeres: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "there")
+
+    monkeypatch.setattr("edgeres.inspect.targets", full)
+    assert json.loads(edgeres("targets", "--json").stdout)["error"]["cause"] == "cannot write there"
