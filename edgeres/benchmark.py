@@ -20,6 +20,7 @@ from edgeres.errors import UsageError
 from edgeres.latency import SCATTER, describe, doubts, speedup, summary
 from edgeres.progress import say
 from edgeres.runners import Runner
+from edgeres.runners.calls import PARTS
 
 __all__ = ["PRESETS", "Plan", "Preset", "latency", "measure", "summary"]
 
@@ -48,18 +49,21 @@ ENQUEUE_BOUND = 0.8
 class Preset:
     """How trtexec measures an engine unless told otherwise, as far as its report depends on it.
 
-    It lets one engine work alone, ``warm_up`` seconds that do not count, then 3 s and ``samples`` calls at least. Its
-    latency is the GPU's time for computation and, with ``transfers``, for copies in and out; host time is not in it.
-    ``scatter``: the percentage from which on it calls computation unstable, 1 before 10.13.2. Its averages of 10 runs
-    are lines of its log; percentiles are of all calls. Sources are NVIDIA/TensorRT's samples/common/sampleOptions.h,
-    sampleInference.cpp and sampleReporting.cpp.
+    It lets one engine work alone, ``warm_up`` seconds that do not count, then 3 s and ``samples`` calls at least. Two
+    calls are under way at a time; with ``spin`` its thread asks until one is done, else it sleeps. Without
+    ``transfers`` nothing is copied but the input, once. Its latency is the GPU's time for copies in, computation and
+    copies out; host time and what a call waits for the one before are not in it. ``scatter``: the percentage from
+    which on it calls computation unstable, 1 before 10.13.2. Its averages of 10 runs are lines of its log; percentiles
+    are of all calls. Sources are NVIDIA/TensorRT's samples/common/sampleOptions.h, sampleInference.cpp and
+    sampleReporting.cpp.
 
-    Two things stay different, which change throughput and hardly latency: trtexec has two calls under way at a time,
-    and its thread sleeps (10) or spins (11) until they are done, where CUDA decides here.
+    Throughput differs by one call in all: trtexec's time begins when the first call that counts does and ends with the
+    last, here it begins when the call before is done.
     """
 
     transfers: bool
     cuda_graph: bool
+    spin: bool
     scatter: float = 2.5
     warm_up: float = 0.2
     samples: int = 10
@@ -67,10 +71,10 @@ class Preset:
 
 PRESETS = {
     "edgeres": None,
-    "trtexec-10": Preset(transfers=True, cuda_graph=False),
-    "trtexec-11": Preset(transfers=False, cuda_graph=True),
+    "trtexec-10": Preset(transfers=True, cuda_graph=False, spin=False),
+    "trtexec-11": Preset(transfers=False, cuda_graph=True, spin=True),
 }
-"""From 11 on, trtexec copies nothing and launches a CUDA graph unless told otherwise (sampleOptions.cpp)."""
+"""From 11 on, trtexec copies nothing, launches a CUDA graph and spins unless told otherwise (sampleOptions.cpp)."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class Plan:
         if PRESETS[self.preset] and self.streams > 1:
             raise UsageError(
                 f"preset {self.preset} is for one stream",
-                evidence="streams take turns at an engine here; those of trtexec do not",
+                evidence="streams take turns at an engine here; those of trtexec have a context each",
                 hint="leave out --streams or --preset",
             )
 
@@ -130,6 +134,8 @@ class Times:
 
 Turn = Callable[[], tuple[list[float], float]]
 """A runner's part of a round: milliseconds of each call, and seconds that passed."""
+Until = Callable[[list[Times]], bool]
+"""Whether what was measured of each runner will do."""
 
 
 def latency(runners: Mapping[str, Runner], pixels: np.ndarray, samples: int | None = None) -> dict[str, np.ndarray]:
@@ -155,11 +161,11 @@ def measure(
     """
     plan = plan or Plan()
     sides = {name: _per_stream(runner, plan.streams) for name, runner in runners.items()}
-    for name, side in sides.items():
-        _refuse_preset(name, side[0], plan.preset)
     first, *more = plan.batches or (len(pixels),)
     if (most := max([first, *more])) > len(pixels):
         raise UsageError(f"a batch of {most}, and {len(pixels)} images to make it of")
+    for name, side in sides.items():
+        _refuse_preset(name, side[0], plan.preset, most)
     before = sensors.conditions()
     records, faster = _measure(sides, pixels[:first], plan)
     threads = _threads()
@@ -194,13 +200,19 @@ def _per_stream(runner: Runner | Sequence[Runner], streams: int) -> list[Runner]
     return list(runner)
 
 
-def _refuse_preset(name: str, runner: Runner, preset: str) -> None:
-    """Raise `UsageError` if ``runner`` cannot be measured by ``preset``."""
-    if PRESETS[preset] and not hasattr(runner, "split"):
+def _refuse_preset(name: str, runner: Any, preset: str, batch: int) -> None:
+    """Raise `UsageError` if ``runner`` cannot be measured by ``preset`` at ``batch``."""
+    if PRESETS[preset] and not hasattr(runner, "repeat"):
         raise UsageError(
             f"preset {preset} is what trtexec measures on a GPU",
             evidence=f"{name} runs on the CPU: nothing is copied in or out, and there is no GPU to time",
             hint="leave out --preset",
+        )
+    if PRESETS[preset] and batch > runner.largest:
+        raise UsageError(
+            f"preset {preset} measures one call, and {name} takes {runner.largest} images in one",
+            evidence=f"a batch of {batch}",
+            hint="choose a smaller batch, or leave out --preset",
         )
 
 
@@ -212,7 +224,6 @@ def _measure(
     least = samples or (preset.samples if preset else SAMPLES)
     warm_up = preset.warm_up if preset else seconds / 10
     splits: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-    turns = {name: _turn(side, pixels, preset, splits[name]) for name, side in sides.items()}
     times: dict[str, Times] = {}
 
     def warm(each: list[Times]) -> bool:
@@ -226,12 +237,13 @@ def _measure(
     # one line and no spinner: what it draws would be measured too
     say(f"measure {', '.join(sides)} at batch {len(pixels)}: {seconds:g} s of each, and {least} calls, at least")
     # trtexec leaves the GPU and its caches to one engine; otherwise a round has every runner's turn
-    for group in [{name: turn} for name, turn in turns.items()] if preset else [turns]:
-        _in_turn(group, warm)
-        for name in group:
-            splits[name].clear()
-        times |= _in_turn(group, done)
-    if not preset:
+    if preset:
+        for name, (runner, *_) in sides.items():
+            times[name], splits[name] = _back_to_back(runner, pixels, preset, warm, done)
+    else:
+        turns = {name: _turn(side, pixels) for name, side in sides.items()}
+        _in_turn(turns, warm)
+        times = _in_turn(turns, done)
         for name, (runner, *_) in sides.items():
             if hasattr(runner, "split"):
                 ready = runner.prepare(pixels)
@@ -262,7 +274,7 @@ def _record(
         share = f"{enqueue:.3g} of {parts['compute']:.3g} ms"
         warnings.append(f"bound by queueing work, not by the GPU ({share}): a CUDA graph may help")
     copies = {"in": parts.get("copy_in", 0.0), "out": parts.get("copy_out", 0.0)}
-    for way, ms in copies.items() if preset is None or preset.transfers else ():
+    for way, ms in copies.items():
         if parts and ms >= parts["compute"]:
             warnings.append(f"bound by copies {way}, not by computation ({ms:.3g} and {parts['compute']:.3g} ms)")
     return {
@@ -280,7 +292,7 @@ def _brief(records: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {name: {key: r[key] for key in ("p50", "images_per_second")} for name, r in records.items()}
 
 
-def _in_turn(turns: Mapping[str, Turn], done: Callable[[list[Times]], bool]) -> dict[str, Times]:
+def _in_turn(turns: Mapping[str, Turn], done: Until) -> dict[str, Times]:
     """Rounds in which each of ``turns`` comes once, until ``done``."""
     times = {name: Times() for name in turns}
     each = list(times.values())
@@ -290,10 +302,8 @@ def _in_turn(turns: Mapping[str, Turn], done: Callable[[list[Times]], bool]) -> 
     return times
 
 
-def _turn(side: list[Runner], pixels: np.ndarray, preset: Preset | None, splits: list[dict[str, float]]) -> Turn:
-    """What a runner, or its streams, do in a round. What a preset splits up is added to ``splits``."""
-    if preset:
-        return _split_call(side[0], pixels, preset.transfers, splits)
+def _turn(side: list[Runner], pixels: np.ndarray) -> Turn:
+    """What a runner, or its streams, do in a round."""
     return _call(side[0], pixels) if len(side) == 1 else _slice(side, pixels)
 
 
@@ -310,19 +320,27 @@ def _call(runner: Runner, pixels: np.ndarray) -> Turn:
     return turn
 
 
-def _split_call(runner: Any, pixels: np.ndarray, transfers: bool, splits: list[dict[str, float]]) -> Turn:
-    """One call, by the GPU's clock."""
-    ready = runner.prepare(pixels)
+def _back_to_back(
+    runner: Any, pixels: np.ndarray, preset: Preset, warm: Until, done: Until
+) -> tuple[Times, list[dict[str, float]]]:
+    """A runner's calls as ``preset`` makes them, by the GPU's clock, and how each splits up; without the warm-up's."""
+    times, splits, until, last = Times(), list[dict[str, float]](), warm, time.perf_counter()
 
-    def turn() -> tuple[list[float], float]:
-        start = time.perf_counter()
-        split = runner.split(ready)
-        seconds = time.perf_counter() - start
+    def go_on(split: dict[str, float]) -> bool:
+        nonlocal times, until, last
+        before, last = last, time.perf_counter()
+        times.add([sum(split[part] for part in PARTS)], last - before)
         splits.append(split)
-        parts = ("copy_in", "compute", "copy_out") if transfers else ("compute",)
-        return [sum(split[part] for part in parts)], seconds
+        if not until([times]):
+            return True
+        if until is done:
+            return False
+        times, until = Times(), done
+        splits.clear()
+        return True
 
-    return turn
+    runner.repeat(runner.prepare(pixels), go_on, transfers=preset.transfers, spin=preset.spin)
+    return times, splits
 
 
 def _slice(side: list[Runner], pixels: np.ndarray) -> Turn:
@@ -356,7 +374,7 @@ def _add_energy(
     """What an image costs while each runner works alone, after all have rested; None where no sensor tells."""
     rest = None
     for name, side in sides.items():
-        turn, calls, spent = _turn(side, pixels, None, []), 0, 0.0
+        turn, calls, spent = _turn(side, pixels), 0, 0.0
         with sensors.energy(gpu=hasattr(side[0], "split"), idle_watts=rest) as meter:
             while meter is not None and spent < seconds:
                 times, took = turn()

@@ -19,7 +19,8 @@ MAJOR, MINOR, INTEGRATED = 75, 76, 18
 ROOT = Path("/")
 Load = Callable[[str], Any]
 
-# developer.nvidia.com/embedded/jetpack-archive; 36.4.2 and 36.4.7 are updates by apt alone
+# developer.nvidia.com/embedded/jetpack-archive; 36.4.2 and 36.4.7 are updates by apt alone; 35.6.3 and 35.6.4 from
+# jetson_stats (jtop/core/jetson_variables.py), the last also from OE4T/meta-tegra's release notes
 JETPACK = {
     "35.1.0": "5.0.2",
     "35.2.1": "5.1",
@@ -29,6 +30,8 @@ JETPACK = {
     "35.6.0": "5.1.4",
     "35.6.1": "5.1.5",
     "35.6.2": "5.1.5",
+    "35.6.3": "5.1.5",
+    "35.6.4": "5.1.6",
     "36.2.0": "6.0 DP",
     "36.3.0": "6.0",
     "36.4.0": "6.1",

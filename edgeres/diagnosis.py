@@ -27,14 +27,14 @@ class JetPack(NamedTuple):
 
 # developer.nvidia.com/embedded/jetpack-archive. DLA: NVIDIA/Deep-Learning-Accelerator-SW, operators/README.md, for
 # JetPack 5 and 6; for 7, and that Thor has none, "Working with DLA" in TensorRT's documentation. JetPack 6 also takes
-# TensorRT 10.4 to 10.7, which NVIDIA has as archives.
+# TensorRT 10.4 to 10.7, which NVIDIA has as archives; 7.2.2 is the first to take 11.4.1, which may have to be installed.
 JETPACKS = (
     JetPack("5.1", "35.2.1", "8.5.2", "11.4", "3.8", "Xavier, Orin", "all but Orin Nano"),
     JetPack("6.0", "36.2.0", "8.6.2", "12.2", "3.10", "Orin", "all but Orin Nano"),
     JetPack("6.1, 6.2", "36.4.0", "10.3.0", "12.6", "3.10", "Orin", "all but Orin Nano"),
     JetPack("7.0, 7.1", "38.2.0", "10.13", "13.0", "3.12", "Thor", "none"),
     JetPack("7.2", "39.2.0", "10.16.2", "13.2", "3.12", "Thor, Orin", "none"),
-    JetPack("7.2.2 on", "> 39.2.1", "11.4.1", "13", "3.12", "Thor, Orin", "AGX Orin"),
+    JetPack("7.2.2 on", "> 39.2.1", "11.4.1", "13", "3.12", "Thor, AGX Orin", "AGX Orin"),
 )
 BOARDS = {
     "agx orin": "jetson-agx-orin",
@@ -42,6 +42,7 @@ BOARDS = {
     "orin nano": "jetson-orin-nano",
     "thor": "jetson-agx-thor",
     "xavier nx": "jetson-xavier-nx",
+    "agx xavier": "jetson-xavier-nx",  # the same GPU, DLA and last JetPack
 }
 """Words in the name of a Jetson -> its target."""
 WITHOUT_DLA = ("jetson-orin-nano", "jetson-agx-thor")
@@ -69,7 +70,7 @@ def detect(facts: Facts) -> str:
             return board
         raise UsageError(
             f"no target is known for this Jetson ({facts.jetson.model or 'its model cannot be read'})",
-            hint=f"name the nearest: --target {', '.join(BOARDS.values())}",
+            hint=f"name the nearest: --target {', '.join(dict.fromkeys(BOARDS.values()))}",
         )
     if facts.gpus and facts.package("tensorrt").works:
         return "desktop"

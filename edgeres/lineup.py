@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +16,10 @@ from edgeres.build import RECORD, Engine
 from edgeres.errors import EdgeresError, StaleError, UsageError
 from edgeres.job import Job
 from edgeres.latency import in_short
-from edgeres.loader import normalizer
+from edgeres.loader import cores, normalizer
 from edgeres.recipe import Preprocess
 from edgeres.runners import Runner, open_runner
+from edgeres.sysfs import text
 from edgeres.targets import load_target
 from edgeres.trt import EXECUTORS
 
@@ -25,16 +27,18 @@ KINDS = ("FP32", "FP32 TF32", "FP16", "INT8")
 """What a runner computes in, baselines first. FP32 is FP32: TF32 off."""
 TF32_FROM = 8.0
 """Compute capability that has TF32 (Ampere)."""
+CPUS = Path("/sys/devices/system/cpu")
+"""Where Linux tells of processors."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One runner to measure; ``open`` loads it, for a CUDA graph or not."""
+    """One runner to measure; ``open`` loads it, for a CUDA graph or not, for so many threads on a CPU."""
 
     kind: str
     target: str
     folder: str
-    open: Callable[[bool], Runner]
+    open: Callable[[bool, int | None], Runner]
 
 
 def kind(engine: Engine) -> str:
@@ -89,21 +93,25 @@ def run(job: Job, engines: list[Engine], plan: Plan) -> dict[str, Any]:
     """The benchmark record of ``engines`` and their `lineup`, on random pixels.
 
     Without batches in ``plan`` it is at the fixed batch of an engine that has one, else at 1. The streams of a CPU
-    executor have a session each; those of a GPU share one. ``sources`` tell the folder or model of each runner.
+    executor have a session each, with its share of the cores; those of a GPU share one. ``sources`` tell the folder or
+    model of each runner.
     """
     if not plan.batches:
         plan = replace(plan, batches=(next((b for e in engines if (b := e.record.get("batch"))), 1),))
     entries, notes = lineup(job, engines)
     notes += [note for engine in engines if (note := _in_pieces(engine, max(plan.batches)))]
+    share = None
     if plan.streams > 1 and any(e.record["executor"] not in EXECUTORS for e in engines):
-        notes.append(f"{plan.streams} sessions on the CPU, each with threads for all cores")
+        share = max(1, (found := physical_cores()) // plan.streams)
+        threads = "1 thread" if share == 1 else f"{share} threads"
+        notes.append(f"{plan.streams} sessions on {found} core{'s' * (found > 1)} of the CPU, each with {threads}")
     preset, opened = PRESETS[plan.preset], dict[str, list[Runner]]()
     try:
         called = dict(zip(names(entries), entries, strict=True))
         for name, entry in called.items():
-            side = opened[name] = [entry.open(bool(preset and preset.cuda_graph))]
+            side = opened[name] = [entry.open(bool(preset and preset.cuda_graph), share)]
             if not hasattr(side[0], "split"):
-                side += [entry.open(False) for _ in range(plan.streams - 1)]
+                side += [entry.open(False, share) for _ in range(plan.streams - 1)]
         size, preprocess = engines[0].record["preprocess"]["crop"], engines[0].record["preprocess"]
         pixels = random_pixels(max(plan.batches), Preprocess.from_json(preprocess), job.recipe.seed)
         shared = {name: side if len(side) > 1 else side[0] for name, side in opened.items()}
@@ -145,6 +153,14 @@ def random_pixels(images: int, preprocess: Preprocess, seed: int = 0) -> np.ndar
     for row in pixels:
         fill(row, rng.integers(0, 256, shape, np.uint8))
     return pixels
+
+
+def physical_cores() -> int:
+    """Cores that this process may use, two threads of one counted once where Linux tells, as executors count them."""
+    if not hasattr(os, "sched_getaffinity"):
+        return cores()
+    folders = [CPUS / f"cpu{i}" / "topology" for i in os.sched_getaffinity(0)]
+    return len({text(folder / "thread_siblings_list") or str(folder) for folder in folders})
 
 
 def _in_pieces(engine: Engine, batch: int) -> str:
@@ -201,8 +217,8 @@ def _model(job: Job, engine: Engine) -> tuple[Entry | None, str]:
     return None, f"no FP32 model to compare {folder.name} with; name it with --model"
 
 
-def _opener(path: Path, executor_name: str) -> Callable[[bool], Runner]:
-    return lambda _: open_runner(path, executor_name)
+def _opener(path: Path, executor_name: str) -> Callable[[bool, int | None], Runner]:
+    return lambda _, threads: open_runner(path, executor_name, threads)
 
 
 def _entry(engine: Engine) -> Entry:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from edgeres.data import ImageSet
-from edgeres.errors import InputError
+from edgeres.errors import InputError, UsageError
 from edgeres.recipe import Preprocess
 
 AHEAD = 2
@@ -37,7 +37,7 @@ class Loader:
 
     An unreadable image stops the iteration with `InputError` naming every bad one of its batch, or, with
     ``skip_bad``, is left out and listed in ``skipped`` (path, reason). Memory is bounded by a few batches. A batch is
-    the caller's to keep.
+    the caller's to keep. ``threads`` decode, None for one on each core.
     """
 
     images: ImageSet
@@ -45,6 +45,7 @@ class Loader:
     batch: int = 32
     skip_bad: bool = False
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    threads: int | None = None
 
     def __len__(self) -> int:
         return math.ceil(len(self.images) / self.batch)
@@ -53,7 +54,7 @@ class Loader:
         self.skipped.clear()
         labels, crop = self.images.labels, self.preprocess.crop
         empty = recycled((self.batch, 3, crop, crop), np.float32)
-        pieces = read_ahead(self.images, self.preprocess, self.batch, empty, normalizer(self.preprocess))
+        pieces = read_ahead(self.images, self.preprocess, self.batch, empty, normalizer(self.preprocess), self.threads)
         with closing(pieces):
             for piece in pieces:
                 self.skipped += piece.accept(self.images, self.skip_bad)
@@ -86,14 +87,17 @@ def read_ahead(
     batch: int,
     empty: Callable[[int], np.ndarray],
     fill: Callable[[np.ndarray, np.ndarray], None],
+    threads: int | None = None,
 ) -> Generator[Piece, None, None]:
-    """Read ``images`` in order on all cores, ``batch`` at a time -> one `Piece` each.
+    """Read ``images`` in order by ``threads``, None for one on each core, ``batch`` at a time -> one `Piece` each.
 
     ``empty(n)`` makes the array for n images, ``fill(row, pixels)`` puts one image, uint8 (crop, crop, 3), into its
     row; it is called in the thread that read the image.
     """
     images.require(preprocess)
-    threads = cores()
+    if threads is not None and threads < 1:
+        raise UsageError(f"{threads} threads to read images with", hint="give 1 or more, or None for all cores")
+    threads = threads or cores()
     ahead = max(AHEAD, math.ceil(2 * threads / batch))
     step = max(1, min(TASK, batch // (4 * threads)))
 

@@ -54,6 +54,21 @@ class Gpu(Worker):
     """Tells how its calls split up: 2 ms in, ``cost(i)`` of work, 1 ms out, and 4 ms more of the host's time."""
 
     parts = {"copy_in": 2.0, "copy_out": 1.0}
+    largest = 8
+    spins: bool | None = None
+
+    def repeat(
+        self, pixels: np.ndarray, go_on: Callable[[dict[str, float]], bool], transfers: bool, spin: bool
+    ) -> None:
+        assert pixels.dtype == self.dtype
+        self.spins, going = spin, True
+        while going:
+            before = self.clock.now
+            self.infer(pixels)
+            compute = 1e3 * (self.clock.now - before)
+            copies = {part: ms * (transfers or part == "enqueue") for part, ms in self.parts.items()}
+            self.clock.now += (sum(copies.values()) + 4) / 1e3
+            going = go_on({"copy_in": copies["copy_in"], "compute": compute, **copies})
 
     def split(self, pixels: np.ndarray) -> dict[str, float]:
         start = self.clock.now
@@ -270,14 +285,17 @@ def test_an_error_in_a_stream_comes_out() -> None:
         measure({"a": Broken()}, ONE, Plan(streams=3))
 
 
-@pytest.mark.parametrize(("preset", "ms"), [("trtexec-10", 8.0), ("trtexec-11", 5.0)])
-def test_a_preset_counts_what_trtexec_counts(clock: Clock, preset: str, ms: float) -> None:
-    record = measure({"INT8": Gpu("a", clock, lambda i: 5)}, PIXELS, Plan(preset=preset))
+@pytest.mark.parametrize(("preset", "ms", "copies"), [("trtexec-10", 8.0, 1), ("trtexec-11", 5.0, 0)])
+def test_a_preset_counts_what_trtexec_counts(clock: Clock, preset: str, ms: float, copies: int) -> None:
+    gpu = Gpu("a", clock, lambda i: 5)
+    gpu.dtype = np.dtype(np.float16)
+    record = measure({"INT8": gpu}, PIXELS, Plan(preset=preset))
     found = record["runners"]["INT8"]
     assert found["p50"] == ms
-    assert found["split"] == {"copy_in": 2, "compute": 5, "copy_out": 1}
+    assert found["split"] == {"copy_in": 2 * copies, "compute": 5, "copy_out": copies}
     assert found["seconds"] == pytest.approx(3, abs=0.013)  # the host's time counts for duration and throughput
-    assert found["images_per_second"] == pytest.approx(8 / 12e-3, rel=1e-3)
+    assert found["images_per_second"] == pytest.approx(8e3 / (ms + 4), rel=1e-3)
+    assert gpu.spins is (preset == "trtexec-11")
     assert record["preset"] == preset
 
 
@@ -338,10 +356,14 @@ def test_what_holds_the_gpu_up_is_said(clock: Clock, parts: dict[str, float], pr
     assert found["stable"] is True  # it is steady all the same
 
 
-def test_a_preset_is_refused_on_the_cpu_before_anything_runs(clock: Clock) -> None:
+def test_a_preset_is_refused_on_the_cpu_and_in_pieces_before_anything_runs(clock: Clock) -> None:
     with pytest.raises(UsageError, match="on a GPU") as error:
         measure({"INT8": Worker("a", clock, lambda i: 1)}, ONE, Plan(preset="trtexec-10"))
     assert "INT8 runs on the CPU" in error.value.evidence
+    gpu = Gpu("a", clock, lambda i: 1)
+    gpu.largest = 4
+    with pytest.raises(UsageError, match="INT8 takes 4 images in one"):
+        measure({"FP32": Gpu("b", clock, lambda i: 1), "INT8": gpu}, PIXELS, Plan((1, 8), preset="trtexec-11"))
     assert clock.calls == []
 
 

@@ -4,6 +4,7 @@ import ctypes
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -25,6 +26,7 @@ class Driver(ModuleType):
         super().__init__("pycuda.driver")
         self.log: list[str] = []
         self.fails: set[str] = set()
+        self.flags: list[int] = []  # of the events
         self.contexts = threading.local()  # as CUDA's, one stack per thread
         self.Device, self.Stream, self.Event = self.device, self.stream, self.event
 
@@ -67,8 +69,9 @@ class Driver(ModuleType):
         self.call("cuStreamCreate")
         return Stream(self)
 
-    def event(self) -> Any:
+    def event(self, flags: int) -> Any:
         self.call("cuEventCreate")
+        self.flags.append(flags)
         return Event(self)
 
     def memcpy_htod_async(self, address: int, source: np.ndarray, stream: Any) -> None:
@@ -131,6 +134,9 @@ class Event:
         assert isinstance(stream, Stream)
         self.driver.call("cuEventRecord")
 
+    def synchronize(self) -> None:
+        self.driver.call("cuEventSynchronize")
+
     def time_till(self, end: Any) -> float:
         assert isinstance(end, Event)
         self.driver.call("cuEventElapsedTime")
@@ -153,6 +159,7 @@ class Runtime(ModuleType):
         self.memory: dict[int, Any] = {}
         self.device: list[int] = []
         self.live: list[int] = []
+        self.flags: list[int] = []  # of the events
         self.cudaError_t = SimpleNamespace(cudaSuccess=SUCCESS)
         self.cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
         self.cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
@@ -176,7 +183,9 @@ class Runtime(ModuleType):
             return SUCCESS, ctypes.addressof(memory)
         if name in ("cudaFree", "cudaFreeHost"):
             del self.memory[args[0]]
-        if name in ("cudaStreamCreateWithFlags", "cudaEventCreate", "cudaStreamEndCapture"):
+        if name == "cudaEventCreateWithFlags":
+            self.flags.append(args[0])
+        if name in ("cudaStreamCreateWithFlags", "cudaEventCreateWithFlags", "cudaStreamEndCapture"):
             self.live.append(100 + len(self.log))
             return SUCCESS, self.live[-1]
         if name == "cudaGraphInstantiateWithFlags":
@@ -264,6 +273,7 @@ def test_bytes_go_to_the_device_and_back(library: Any) -> None:
         backend.record(start, stream)
         backend.record(end, stream)
         backend.wait(stream, end)
+        backend.finish(end)
         assert backend.elapsed(start, end) == 1.5
 
 
@@ -281,6 +291,30 @@ def test_all_is_freed_once_and_the_last_taken_first(library: Any) -> None:
     backend.close()
     backend.close()
     assert [name for name in library.log if name != "cudaSetDevice"] == FREES[type(library)]
+
+
+def test_an_event_blocks_who_waits_for_it_if_it_is_asked_to(library: Any) -> None:
+    backend = open_cuda("tensorrt")
+    with backend.current():
+        backend.event(), backend.event(blocking=True), backend.event(blocking=False)
+    assert library.flags == [0, 1, 0]
+
+
+def test_what_is_borrowed_goes_back_at_the_end_of_its_block(library: Any) -> None:
+    backend = open_cuda("tensorrt")
+    with backend.current():
+        backend.stream()
+        for error in (None, KeyError):
+            library.log.clear()
+            with suppress(KeyError), backend.borrowed():
+                backend.device(4), backend.host((1,), np.dtype(np.uint8))
+                if error:
+                    raise error
+            assert [name for name in library.log if "Free" in name] == FREES[type(library)][:2]
+        backend.event()
+    library.log.clear()
+    backend.close()
+    assert [name for name in library.log if name != "cudaSetDevice"] == FREES[type(library)][2:]
 
 
 def test_what_cannot_be_freed_does_not_keep_the_rest(library: Any) -> None:
@@ -302,11 +336,12 @@ OPERATIONS: dict[str, tuple[str, Callable[[Any, Any, Any], Any]]] = {
     "cuMemAlloc": ("cudaMalloc", lambda b, s, e: b.device(8)),
     "cuMemHostAlloc": ("cudaMallocHost", lambda b, s, e: b.host((8,), np.dtype(np.uint8))),
     "cuStreamCreate": ("cudaStreamCreateWithFlags", lambda b, s, e: b.stream()),
-    "cuEventCreate": ("cudaEventCreate", lambda b, s, e: b.event()),
+    "cuEventCreate": ("cudaEventCreateWithFlags", lambda b, s, e: b.event()),
     "cuMemcpyHtoDAsync": ("cudaMemcpyAsync", lambda b, s, e: b.copy_in(8, np.zeros(1), s)),
     "cuMemcpyDtoHAsync": ("cudaMemcpyAsync", lambda b, s, e: b.copy_out(np.zeros(1), 8, s)),
     "cuEventRecord": ("cudaEventRecord", lambda b, s, e: b.record(e, s)),
     "cuStreamWaitEvent": ("cudaStreamWaitEvent", lambda b, s, e: b.wait(s, e)),
+    "cuEventSynchronize": ("cudaEventSynchronize", lambda b, s, e: b.finish(e)),
     "cuStreamSynchronize": ("cudaStreamSynchronize", lambda b, s, e: b.synchronize(s)),
     "cuEventElapsedTime": ("cudaEventElapsedTime", lambda b, s, e: b.elapsed(e, e)),
     "cuMemGetInfo": ("cudaMemGetInfo", lambda b, s, e: b.free_bytes()),

@@ -132,6 +132,7 @@ def test_every_machine_with_onnx_runtime_has_the_target_cpu(here: Facts) -> None
         (jetson("NVIDIA Orin Nano Developer Kit", "35.4.1", None), "jetson-orin-nano"),
         (THOR_71, "jetson-agx-thor"),
         (XAVIER_51, "jetson-xavier-nx"),
+        (jetson("Jetson AGX Xavier", "35.6.4", None), "jetson-xavier-nx"),
         (LAPTOP, "cpu"),
         (PC_BARE, "cpu"),
         (PC_TRT, "desktop"),

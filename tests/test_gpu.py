@@ -28,8 +28,10 @@ from edgeres.loader import Batch
 from edgeres.model import resnet50
 from edgeres.quantize import SCHEMES, int8
 from edgeres.recipe import Preprocess
+from edgeres.runners import calls
+from edgeres.runners.calls import PARTS
 from edgeres.runners.cuda import Cuda, CudaPython, PyCuda, open_cuda
-from edgeres.runners.tensorrt import PARTS, TensorRt, TensorRtRunner
+from edgeres.runners.tensorrt import TensorRt, TensorRtRunner
 
 pytestmark = pytest.mark.gpu
 
@@ -252,6 +254,68 @@ def test_the_parts_of_a_call_add_up_to_the_whole(gpu: Gpu) -> None:
             staging.append(1e3 * (time.perf_counter() - start))
     on_device = statistics.median(whole) - statistics.median(staging)
     assert statistics.median(parts) == pytest.approx(on_device, rel=0.2)
+
+
+@dataclass
+class Repeated:
+    """What calls back to back took each: of the wall clock, of this thread's processor time, of the GPU; in ms."""
+
+    wall: float
+    cpu: float
+    parts: dict[str, float]
+
+
+def repeated(runner: TensorRtRunner, images: np.ndarray, transfers: bool = True, spin: bool = False) -> Repeated:
+    splits, clocks, count = list[dict[str, float]](), list[tuple[float, float]](), 200
+
+    def go_on(split: dict[str, float]) -> bool:
+        splits.append(split)
+        clocks.append((time.perf_counter(), time.thread_time()))
+        return len(splits) < count
+
+    runner.repeat(images, go_on, transfers, spin)
+    (wall, cpu), (wall_end, cpu_end) = clocks[count // 4], clocks[-1]  # the first quarter warms up
+    measured, ms = splits[count // 4 + 1 :], 1e3 / (count - 1 - count // 4)
+    parts = {part: statistics.median(split[part] for split in measured) for part in splits[0]}
+    return Repeated((wall_end - wall) * ms, (cpu_end - cpu) * ms, parts)
+
+
+@pytest.mark.parametrize("graph", [False, pytest.param(True, marks=GRAPHS)])
+def test_two_calls_under_way_take_no_longer_than_one(gpu: Gpu, graph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = pixels("resnet50", LARGEST)
+    with gpu.open("resnet50", "fp32", cuda_graph=graph) as runner:
+        expected = runner.infer(images)
+        monkeypatch.setattr(calls, "UNDER_WAY", 1)
+        one = repeated(runner, images)
+        monkeypatch.setattr(calls, "UNDER_WAY", 2)
+        two, bare = repeated(runner, images), repeated(runner, images, transfers=False)
+        np.testing.assert_array_equal(runner.infer(images), expected)
+        alone = statistics.median(runner.split(images)["compute"] for _ in range(20))
+    assert two.wall < 1.02 * one.wall  # and less by what copies and the host take
+    assert two.wall < 1.1 * max(two.parts[part] for part in PARTS)  # all but the longest part is hidden
+    assert bare.wall < 1.05 * bare.parts["compute"]
+    for each in (one, two, bare):
+        assert each.parts["compute"] == pytest.approx(alone, rel=0.2)
+    assert min(two.parts.values()) > 0
+    assert (bare.parts["copy_in"], bare.parts["copy_out"]) == (0, 0)
+    assert one.parts["copy_in"] == pytest.approx(two.parts["copy_in"], rel=0.5)
+
+
+@pytest.mark.parametrize("package", [PyCuda, CudaPython])
+def test_a_thread_that_sleeps_until_a_call_is_done_takes_less_than_one_that_spins(
+    gpu: Gpu, package: type[Cuda], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        package().close()
+    except ImportError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr("edgeres.runners.tensorrt.open_cuda", lambda extra, graphs: package())
+    images = pixels("resnet50", LARGEST)
+    with gpu.open("resnet50", "fp32") as runner:
+        spins, sleeps = (repeated(runner, images, spin=spin) for spin in (True, False))
+    assert spins.cpu > 0.8 * spins.wall
+    assert sleeps.cpu < 0.8 * spins.cpu
+    assert sleeps.wall < 1.2 * spins.wall
 
 
 def test_layers_add_up_to_about_the_computation(gpu: Gpu) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,7 @@ def test_on_a_cpu_the_baseline_is_the_fp32_model_in_the_engines_own_executor(job
     entries, notes = lineup.lineup(job, [engine])
     assert kinds(entries) == ["FP32", "INT8"]
     assert notes == []
-    with entries[0].open(False) as fp32, engine.open() as runner:
+    with entries[0].open(False, None) as fp32, engine.open() as runner:
         assert type(fp32) is type(runner)
 
 
@@ -162,7 +164,7 @@ def test_a_plan_with_tf32_is_not_called_fp32(tmp_path: Path) -> None:
 
 
 def entry(kind: str, target: str = "cpu", folder: str = "a") -> Entry:
-    return Entry(kind, target, folder, lambda _: pytest.fail("opened"))
+    return Entry(kind, target, folder, lambda *_: pytest.fail("opened"))
 
 
 def test_names_say_no_more_than_tells_them_apart() -> None:
@@ -193,9 +195,17 @@ class Opened(Runner):
 
 
 class Gpu(Opened):
+    largest = 32
+
     def split(self, pixels: np.ndarray) -> dict[str, float]:
         self.infer(pixels)
         return {"copy_in": 0.1, "compute": 1.0, "copy_out": 0.1}
+
+    def repeat(
+        self, pixels: np.ndarray, go_on: Callable[[dict[str, float]], bool], transfers: bool, spin: bool
+    ) -> None:
+        while go_on({**self.split(pixels), **({} if transfers else {"copy_in": 0.0, "copy_out": 0.0})}):
+            time.sleep(0.001)
 
 
 @pytest.fixture
@@ -203,8 +213,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Settings of the plans that were opened by a fake of TensorRT 10.3."""
     found: list[dict[str, Any]] = []
 
-    def open_runner(path: Path, name: str, **settings: Any) -> Runner:
-        found.append({"path": path, "name": name, **settings})
+    def open_runner(path: Path, name: str, threads: int | None = None, **settings: Any) -> Runner:
+        found.append({"path": path, "name": name, "threads": threads, **settings})
         return Gpu()
 
     class Tool:
@@ -252,7 +262,7 @@ def test_a_preset_opens_plans_for_a_cuda_graph_with_their_own_settings(
 ) -> None:
     plan = plan_of(tmp_path, "net-int8-desktop", options={"dla_core": 1, "tf32": False, "version_compatible": False})
     record = lineup.run(job, [plan], Plan(preset="trtexec-11", seconds=0.01))
-    settings = {"path": plan.path, "name": "tensorrt", "dla_core": 1, "version_compatible": False}
+    settings = {"path": plan.path, "name": "tensorrt", "threads": None, "dla_core": 1, "version_compatible": False}
     assert opened == [{**settings, "cuda_graph": True}]
     assert record["runners"]["INT8"]["p50"] == 1.0
     lineup.run(job, [plan], Plan(preset="trtexec-10", seconds=0.01))
@@ -262,18 +272,54 @@ def test_a_preset_opens_plans_for_a_cuda_graph_with_their_own_settings(
         lineup.run(job, [stale], Plan(preset="trtexec-11"))
 
 
-def test_streams_have_sessions_of_their_own_on_a_cpu_and_share_one_on_a_gpu(
-    job: Job, engine: Engine, tmp_path: Path, opened: list[dict[str, Any]]
+@pytest.mark.parametrize(
+    ("cores", "streams", "share", "words"),
+    [
+        (8, 3, 2, "3 sessions on 8 cores of the CPU, each with 2 threads"),
+        (2, 3, 1, "3 sessions on 2 cores of the CPU, each with 1 thread"),
+        (1, 2, 1, "2 sessions on 1 core of the CPU, each with 1 thread"),
+    ],
+)
+def test_streams_of_a_cpu_have_sessions_of_their_own_with_a_share_of_the_cores(
+    job: Job,
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    cores: int,
+    streams: int,
+    share: int,
+    words: str,
 ) -> None:
-    lineup.run(job, [plan_of(tmp_path, "net-int8-desktop")], Plan(streams=3))
-    assert len(opened) == 1
-    with pytest.MonkeyPatch.context() as patch:
-        for module in ("edgeres.lineup", "edgeres.build"):
-            patch.setattr(f"{module}.open_runner", lambda *_, **__: opened.append({}) or Opened())
-        record = lineup.run(job, [engine], Plan(streams=3))
-    assert len(opened) == 1 + 2 * 3
-    assert record["notes"] == ["3 sessions on the CPU, each with threads for all cores"]
+    opened: list[int | None] = []
+    for module in ("edgeres.lineup", "edgeres.build"):
+        monkeypatch.setattr(f"{module}.open_runner", lambda path, name, threads: opened.append(threads) or Opened())
+    monkeypatch.setattr(lineup, "physical_cores", lambda: cores)
+    record = lineup.run(job, [engine], Plan(streams=streams, seconds=0.01))
+    assert opened == [share] * 2 * streams  # the FP32 model's too
+    assert record["notes"] == [words]
     assert Opened.alive == []
+    opened.clear()
+    assert lineup.run(job, [engine], Plan(seconds=0.01))["notes"] == []
+    assert opened == [None] * 2
+
+
+def test_streams_of_a_gpu_share_a_runner(job: Job, tmp_path: Path, opened: list[dict[str, Any]]) -> None:
+    record = lineup.run(job, [plan_of(tmp_path, "net-int8-desktop")], Plan(streams=3))
+    assert [settings["threads"] for settings in opened] == [None]
+    assert "sessions" not in " ".join(record["notes"])
+
+
+def test_threads_that_share_a_core_count_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(lineup, "CPUS", tmp_path)
+    monkeypatch.setattr(lineup.os, "sched_getaffinity", lambda _: {0, 1, 2, 5}, raising=False)
+    assert lineup.physical_cores() == 4  # where Linux tells nothing of them
+    for cpu, siblings in {0: "0,4", 1: "1,5", 2: "2,6", 3: "3,7", 5: "1,5"}.items():
+        file = tmp_path / f"cpu{cpu}" / "topology" / "thread_siblings_list"
+        file.parent.mkdir(parents=True)
+        file.write_text(f"{siblings}\n")
+    assert lineup.physical_cores() == 3
+    monkeypatch.delattr(lineup.os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(lineup, "cores", lambda: 7)
+    assert lineup.physical_cores() == 7
 
 
 def test_without_a_batch_it_is_that_of_the_engine(job: Job, tmp_path: Path, opened: list[dict[str, Any]]) -> None:

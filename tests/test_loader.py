@@ -10,7 +10,7 @@ from PIL import Image
 
 from edgeres import data, loader
 from edgeres.data import ImageSet
-from edgeres.errors import InputError, MissingDependency
+from edgeres.errors import InputError, MissingDependency, UsageError
 from edgeres.images import decode, normalize
 from edgeres.layouts import open_images
 from edgeres.loader import Loader, normalizer
@@ -36,6 +36,7 @@ def folder_of(root: Path, *names: str) -> Path:
 
 
 def numbered(n: int) -> ImageSet:
+    save(Path("root/c/000.png"), picture(8, 8))  # a set of which nothing is there is refused
     return ImageSet(Path("root"), tuple(f"c/{i:03}.png" for i in range(n)), tuple(range(n)))
 
 
@@ -197,3 +198,29 @@ def test_a_missing_image_library_is_no_bad_image(train_images: ImageSet, monkeyp
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(MissingDependency):
         list(Loader(train_images, EXACT, skip_bad=True))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_so_many_threads_decode_and_the_batches_are_the_same(
+    train_images: ImageSet, preprocess: Preprocess, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [batch.pixels for batch in Loader(train_images, preprocess, 5)]
+    together, readers = threading.Barrier(threads), set[int]()
+    read = ImageSet.read
+
+    def watch(images: ImageSet, i: int, preprocess: Preprocess) -> np.ndarray:
+        if threading.get_ident() not in readers:
+            readers.add(threading.get_ident())
+            together.wait(10)  # fewer threads would wait for another here
+        return read(images, i, preprocess)
+
+    monkeypatch.setattr(ImageSet, "read", watch)
+    found = [batch.pixels for batch in Loader(train_images, preprocess, 5, threads=threads)]
+    assert len(readers) == threads
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_no_threads_to_read_with_are_refused(train_images: ImageSet, preprocess: Preprocess) -> None:
+    with pytest.raises(UsageError, match="0 threads to read images with"):
+        next(iter(Loader(train_images, preprocess, threads=0)))

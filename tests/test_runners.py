@@ -9,11 +9,13 @@ from conftest import CLASSES, tiny_resnet
 from edgeres import graph
 from edgeres.errors import BuildError, InputError, UsageError
 from edgeres.export import export_onnx
-from edgeres.loader import normalizer
+from edgeres.loader import cores, normalizer
 from edgeres.recipe import Preprocess
 from edgeres.runners import Runner, open_runner
 from edgeres.runners.onnxruntime import OnnxRuntimeRunner
+from edgeres.runners.openvino import OpenVinoRunner
 
+CPU = ["onnxruntime", "openvino"]
 PIXELS = np.random.default_rng(0).standard_normal((9, 3, 32, 32), dtype=np.float32)
 
 
@@ -148,6 +150,39 @@ def test_a_corrupt_file_is_a_build_error_that_names_it(tiny_path: Path, tmp_path
 def test_a_missing_file_is_a_build_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"cannot load .*none\.onnx"):
         open_runner(tmp_path / "none.onnx", "onnxruntime")
+
+
+@pytest.mark.parametrize("name", CPU)
+def test_any_number_of_threads_computes_the_same_digits(tiny_path: Path, fixed_path: Path, name: str) -> None:
+    for path in (tiny_path, fixed_path):
+        with open_runner(path, name) as runner:
+            expected = runner.infer(PIXELS)
+        for threads in (1, 2, 3):
+            with open_runner(path, name, threads) as runner:
+                np.testing.assert_array_equal(runner.infer(PIXELS), expected)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize("threads", [0, -1])
+def test_no_threads_to_compute_with_are_refused(tiny_path: Path, name: str, threads: int) -> None:
+    with pytest.raises(UsageError, match=f"{threads} threads to compute with"):
+        open_runner(tiny_path, name, threads=threads)
+
+
+def test_onnxruntime_gets_its_number_of_threads(tiny_path: Path) -> None:
+    for asked, given in ((None, 0), (1, 1), (3, 3)):
+        with open_runner(tiny_path, "onnxruntime", threads=asked) as runner:
+            assert isinstance(runner, OnnxRuntimeRunner)
+            assert runner._session.get_session_options().intra_op_num_threads == given
+
+
+def test_openvino_gets_its_number_of_threads_on_no_cores_of_their_own(tiny_path: Path) -> None:
+    for asked in (1, 2):
+        with open_runner(tiny_path, "openvino", asked) as runner:
+            assert isinstance(runner, OpenVinoRunner)
+            model = runner._request.get_compiled_model()
+        assert model.get_property("INFERENCE_NUM_THREADS") == min(asked, cores())
+        assert model.get_property("ENABLE_CPU_PINNING") is False
 
 
 def test_an_unknown_executor_is_refused(tiny_path: Path) -> None:

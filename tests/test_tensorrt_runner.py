@@ -50,6 +50,8 @@ class Simulated(Cuda):
         self.clock = 0.0
         self.names = iter(range(1000))
         self.graphs: dict[str, deque[tuple[str, Callable[[], bool]]]] = {}
+        self.blocking: dict[str, bool] = {}
+        self.finished: list[str] = []
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -87,8 +89,9 @@ class Simulated(Cuda):
     def handle(self, stream: int) -> int:
         return stream
 
-    def event(self) -> str:
-        return self._take("event")
+    def event(self, blocking: bool = False) -> str:
+        self.blocking[name := self._take("event")] = blocking
+        return name
 
     def put(self, stream: int, name: str, work: Callable[[], bool]) -> None:
         assert vars(self.inside).get("depth"), "no current context"
@@ -122,10 +125,14 @@ class Simulated(Cuda):
         until = self.recorded.get(event, 0)
         self.put(stream, "wait", lambda: len(self.happened.get(event, [])) >= until)
 
-    def go(self, stream: int) -> bool:
-        """Do what ``stream`` can do now."""
+    def done(self, event: str) -> bool:
+        """Whether ``event`` has happened as often as it was recorded."""
+        return len(self.happened.get(event, [])) == self.recorded[event]
+
+    def go(self, stream: int, until: Callable[[], bool] = lambda: False) -> bool:
+        """Do what ``stream`` can do now, and no more."""
         queue, some = self.streams[stream], False
-        while queue:
+        while queue and not until():
             name, work = queue[0]
             if not work():
                 break
@@ -133,6 +140,12 @@ class Simulated(Cuda):
             self.history.append(name)
             some = True
         return some
+
+    def finish(self, event: str) -> None:
+        self.finished.append(event)
+        while not self.done(event):
+            progress = [self.go(s, lambda: self.done(event)) for s in self.streams]
+            assert any(progress), "streams wait for one another"
 
     def synchronize(self, stream: int) -> None:
         if self.fails == "synchronize":
@@ -143,6 +156,8 @@ class Simulated(Cuda):
             assert any(progress), "streams wait for one another"
 
     def elapsed(self, start: str, end: str) -> float:
+        assert self.done(start), "not ready"
+        assert self.done(end), "not ready"
         return self.happened[end][-1] - self.happened[start][-1]
 
     def free_bytes(self) -> int:
@@ -295,6 +310,95 @@ def test_the_next_piece_is_queued_before_the_one_under_way_is_waited_for(
         assert bench.lib.called("IExecutionContext.execute_async_v3") == [(1,), (2,)]
         # the device itself may copy the second piece in while it computes the first
         assert [n for n in bench.cuda.history if n.startswith("co")][:3] == ["copy in", "copy in", "compute"]
+
+
+def repeated(runner: TensorRtRunner, calls: int, images: int = 2, **how: bool) -> list[dict[str, float]]:
+    """What so many calls back to back split up to."""
+    found: list[dict[str, float]] = []
+    runner.repeat(PIXELS[:images], lambda split: found.append(split) or len(found) < calls, **how)
+    return found
+
+
+@pytest.mark.parametrize("transfers", [True, False])
+@pytest.mark.parametrize("graph", [True, False])
+def test_calls_back_to_back_are_two_at_a_time(bench: Bench, transfers: bool, graph: bool) -> None:
+    queued: list[int] = []
+    pending: list[int] = []
+    finish = bench.cuda.finish
+
+    def watch(event: str) -> None:
+        computed = bench.cuda.history.count("compute")
+        queued.append(computed + sum(name == "compute" for queue in bench.cuda.streams.values() for name, _ in queue))
+        finish(event)
+        pending.append(queued[-1] - bench.cuda.history.count("compute"))
+        assert bench.cuda.history.count("copy out") == 1 + transfers * len(queued)  # that of the call waited for
+
+    with bench.open(cuda_graph=graph) as runner:
+        bench.cuda.finish = watch  # type: ignore[method-assign]
+        found = repeated(runner, 4, transfers=transfers)
+        assert queued == [3, 4, 5, 6]  # the one to fill the slot, those that are done, and one more than waited for
+        assert max(pending) <= 1
+        copies = {"copy_in": 1 * transfers, "compute": 2, "copy_out": 3 * transfers}
+        for split in found:
+            assert split.pop("enqueue") >= 0
+            assert split == copies
+        assert not any(bench.cuda.streams.values())  # the last call is over too
+        names, done = ["copy in", "copy out"], bench.cuda.history
+        for i in [i for i, name in enumerate(done) if name == "compute"]:  # none began before its pixels were there
+            assert done[:i].count("copy in") > done[:i].count("compute") * transfers
+        assert [bench.cuda.history.count(name) for name in names] == [1 + 5 * transfers] * 2
+        assert bench.cuda.history.count("launch") == (5 if graph else 0)
+        bench.cuda.finish = finish  # type: ignore[method-assign]
+        np.testing.assert_allclose(runner.infer(PIXELS), logits(PIXELS), rtol=1e-5)
+
+
+@pytest.mark.parametrize("spin", [True, False])
+def test_calls_back_to_back_are_waited_for_as_asked_and_give_back_what_they_took(bench: Bench, spin: bool) -> None:
+    with bench.open() as runner:
+        before = set(bench.cuda.blocking)
+        repeated(runner, 3, spin=spin)
+        assert {bench.cuda.blocking[event] for event in bench.cuda.finished} == {not spin}
+        taken = [name for name in bench.cuda.blocking if name not in before]
+        assert {name.rstrip("0123456789") for name in bench.cuda.freed} == {"event", "stream"}
+        assert set(taken) < set(bench.cuda.freed)
+        assert len(bench.cuda.freed) == len(taken) + 2
+
+
+def test_calls_back_to_back_of_a_fixed_batch_are_padded(bench: Bench) -> None:
+    bench.images = 3
+    with bench.open() as runner:
+        assert len(repeated(runner, 2, images=2)) == 2
+        np.testing.assert_allclose(runner.infer(PIXELS), logits(PIXELS), rtol=1e-5)
+
+
+def test_more_images_than_one_call_takes_are_not_repeated(bench: Bench) -> None:
+    with bench.open() as runner:
+        with pytest.raises(UsageError, match="takes 4 images at a time"):
+            repeated(runner, 1, images=5)
+        runner.close()
+        with pytest.raises(UsageError, match="closed"):
+            repeated(runner, 1)
+
+
+@pytest.mark.parametrize("wrong", ["compute", "go on"])
+def test_calls_back_to_back_that_fail_leave_nothing_under_way(bench: Bench, wrong: str) -> None:
+    calls = iter(range(3))
+
+    def go_on(split: dict[str, float]) -> bool:
+        if next(calls) < 2:
+            return True
+        if wrong == "go on":
+            raise KeyboardInterrupt
+        bench.cuda.fails = "compute"
+        return True
+
+    with bench.open() as runner:
+        with pytest.raises(KeyboardInterrupt if wrong == "go on" else BuildError):
+            runner.repeat(PIXELS[:2], go_on)
+        assert not any(bench.cuda.streams.values())
+        assert sum(name.startswith("stream") for name in bench.cuda.freed) == 2
+        bench.cuda.fails = ""
+        np.testing.assert_allclose(runner.infer(PIXELS), logits(PIXELS), rtol=1e-5)
 
 
 def test_results_belong_to_the_caller(bench: Bench) -> None:
@@ -644,6 +748,11 @@ def test_settings_reach_the_runner(bench: Bench) -> None:
         assert bench.cuda.history.count("launch") == 1
     assert bench.lib.set_to("Runtime.DLA_core") == 1
     assert bench.lib.set_to("Runtime.engine_host_code_allowed") is True
+
+
+def test_threads_mean_nothing_to_a_gpu(bench: Bench) -> None:
+    with open_runner(bench.path, "tensorrt", threads=3) as runner:
+        np.testing.assert_allclose(runner.infer(PIXELS), logits(PIXELS), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])

@@ -81,8 +81,8 @@ class Runner(ABC):
 class Executor(Protocol):
     """What the module of an executor has."""
 
-    def load(self, path: Path, **settings: Any) -> Runner:
-        """Load the engine file at ``path``, as ``settings`` say. Raises `BuildError`, `UsageError`."""
+    def load(self, path: Path, threads: int | None = None, **settings: Any) -> Runner:
+        """Load the engine file at ``path``, as `open_runner` says. Raises `BuildError`, `UsageError`."""
 
     def audit(self, path: Path, precision: str) -> Fusion:
         """Load the engine file at ``path``, of ``precision``, and look at what is executed."""
@@ -112,13 +112,17 @@ def executor(name: str) -> Executor:
     )
 
 
-def open_runner(path: Path, name: str, **settings: Any) -> Runner:
+def open_runner(path: Path, name: str, threads: int | None = None, **settings: Any) -> Runner:
     """Load the engine file at ``path`` with executor ``name``.
 
-    TensorRT takes ``settings``: ``dla_core``, ``cuda_graph`` and ``version_compatible`` (see `TensorRtRunner`); the
-    others refuse any that is neither None nor False.
+    ``threads`` compute on a CPU, None for all its physical cores. TensorRT computes on the GPU and takes the setting,
+    so that a caller need not ask what he opens, but it changes nothing there. TensorRT takes ``settings``:
+    ``dla_core``, ``cuda_graph`` and ``version_compatible`` (see `TensorRtRunner`); the others refuse any that is
+    neither None nor False.
     """
-    return executor(name).load(path, **settings)
+    if threads is not None and threads < 1:
+        raise UsageError(f"{threads} threads to compute with", hint="give 1 or more, or None for all cores")
+    return executor(name).load(path, threads, **settings)
 
 
 def refuse_settings(name: str, settings: dict[str, Any]) -> None:

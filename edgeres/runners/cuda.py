@@ -20,6 +20,8 @@ from edgeres.errors import BuildError, MissingDependency
 
 NON_BLOCKING = 1
 """Stream flag, the same in both interfaces: do not wait for the default stream."""
+BLOCKING_SYNC = 1
+"""Event flag, the same in both interfaces: a thread that waits for the event sleeps."""
 
 
 class Cuda(ABC):
@@ -54,8 +56,8 @@ class Cuda(ABC):
         """What TensorRT takes for ``stream``."""
 
     @abstractmethod
-    def event(self) -> Any:
-        """A mark to put into a stream."""
+    def event(self, blocking: bool = False) -> Any:
+        """A mark to put into a stream. ``blocking``: whoever waits for it by `finish` sleeps, else spins."""
 
     @abstractmethod
     def copy_in(self, address: int, source: np.ndarray, stream: Any) -> None:
@@ -74,6 +76,10 @@ class Cuda(ABC):
         """Let what is queued in ``stream`` from now on wait for ``event``."""
 
     @abstractmethod
+    def finish(self, event: Any) -> None:
+        """Wait until ``event`` has happened."""
+
+    @abstractmethod
     def synchronize(self, stream: Any) -> None:
         """Wait until all in ``stream`` is done. What went wrong in there is raised here."""
 
@@ -84,6 +90,16 @@ class Cuda(ABC):
     @abstractmethod
     def free_bytes(self) -> int:
         """Memory of the device that nobody holds."""
+
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """Give back at the end of a block what was taken in it."""
+        kept, self._taken = self._taken, ExitStack()
+        try:
+            yield
+        finally:
+            taken, self._taken = self._taken, kept
+            taken.close()
 
     def close(self) -> None:
         """Give everything back. Safe to call twice."""
@@ -132,8 +148,8 @@ class PyCuda(Cuda):
     def handle(self, stream: Any) -> int:
         return int(stream.handle)
 
-    def event(self) -> Any:
-        event = self._named(self._driver.Event)
+    def event(self, blocking: bool = False) -> Any:
+        event = self._named(self._driver.Event, BLOCKING_SYNC if blocking else 0)
         self._taken.callback(id, event)
         return event
 
@@ -148,6 +164,9 @@ class PyCuda(Cuda):
 
     def wait(self, stream: Any, event: Any) -> None:
         self._named(stream.wait_for_event, event)
+
+    def finish(self, event: Any) -> None:
+        self._named(event.synchronize)
 
     def synchronize(self, stream: Any) -> None:
         self._named(stream.synchronize)
@@ -202,8 +221,8 @@ class CudaPython(Cuda):
     def handle(self, stream: Any) -> int:
         return int(stream)
 
-    def event(self) -> Any:
-        return self._take("cudaEventDestroy", "cudaEventCreate")
+    def event(self, blocking: bool = False) -> Any:
+        return self._take("cudaEventDestroy", "cudaEventCreateWithFlags", BLOCKING_SYNC if blocking else 0)
 
     def copy_in(self, address: int, source: np.ndarray, stream: Any) -> None:
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
@@ -218,6 +237,9 @@ class CudaPython(Cuda):
 
     def wait(self, stream: Any, event: Any) -> None:
         self._call("cudaStreamWaitEvent", stream, event, 0)
+
+    def finish(self, event: Any) -> None:
+        self._call("cudaEventSynchronize", event)
 
     def synchronize(self, stream: Any) -> None:
         self._call("cudaStreamSynchronize", stream)

@@ -19,14 +19,14 @@ DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(ui
 
 
 class OnnxRuntimeRunner(Runner):
-    """Runs an ONNX file in normal form, of any precision, on all physical cores.
+    """Runs an ONNX file in normal form, of any precision, with ``threads``, None for one on each physical core.
 
     ``as_written``: without optimizing the graph, which simulates what another executor computes. The optimizer takes
     liberties with Q/DQ nodes that are not laid for it (DECISIONS.md).
     """
 
-    def __init__(self, path: Path, as_written: bool = False) -> None:
-        self._session = open_session(path, as_written=as_written)
+    def __init__(self, path: Path, as_written: bool = False, threads: int | None = None) -> None:
+        self._session = open_session(path, as_written=as_written, threads=threads)
         (entry,) = self._session.get_inputs()
         self.batch = entry.shape[0] if isinstance(entry.shape[0], int) else None
         self.input_size = entry.shape[2]
@@ -39,10 +39,10 @@ class OnnxRuntimeRunner(Runner):
         self._session = None
 
 
-def load(path: Path, **settings: Any) -> OnnxRuntimeRunner:
-    """Load ``path``; there are no settings."""
+def load(path: Path, threads: int | None = None, **settings: Any) -> OnnxRuntimeRunner:
+    """Load ``path`` to compute with ``threads``; there are no other settings."""
     refuse_settings("onnxruntime", settings)
-    return OnnxRuntimeRunner(path)
+    return OnnxRuntimeRunner(path, threads=threads)
 
 
 def version() -> str:
@@ -71,11 +71,14 @@ def audit(path: Path, precision: str) -> Fusion:
     return Fusion(graph.count_ops(model), notes)
 
 
-def open_session(path: Path, optimized: Path | None = None, as_written: bool = False) -> Any:
+def open_session(
+    path: Path, optimized: Path | None = None, as_written: bool = False, threads: int | None = None
+) -> Any:
     """An InferenceSession for ``path``; the graph it really executes is written to ``optimized`` if given."""
     ort = need("onnxruntime", "onnx")
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors; they come back as exceptions
+    options.intra_op_num_threads = threads or 0  # 0: one on each physical core, and kept there
     # threads that keep spinning after a run would slow down the other engine of a comparison
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if as_written:

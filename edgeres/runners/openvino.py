@@ -21,10 +21,13 @@ PRECISIONS = {"f32": "fp32", "f16": "fp16", "u8": "int8", "i8": "int8"}
 
 
 class OpenVinoRunner(Runner):
-    """Runs an ONNX file in normal form, FP32 or INT8, on all physical cores that the process may use."""
+    """Runs an ONNX file in normal form, FP32 or INT8, with ``threads``, of which there are at most as many as cores.
 
-    def __init__(self, path: Path) -> None:
-        model = compile_model(path)
+    None is for one on each physical core that the process may use.
+    """
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        model = compile_model(path, threads)
         batch, _, size, _ = model.input(INPUT).partial_shape
         self.batch = batch.get_length() if batch.is_static else None
         self.input_size = size.get_length()
@@ -39,10 +42,10 @@ class OpenVinoRunner(Runner):
         self._request = None
 
 
-def load(path: Path, **settings: Any) -> OpenVinoRunner:
-    """Load ``path``; there are no settings."""
+def load(path: Path, threads: int | None = None, **settings: Any) -> OpenVinoRunner:
+    """Load ``path`` to compute with ``threads``; there are no other settings."""
     refuse_settings("openvino", settings)
-    return OpenVinoRunner(path)
+    return OpenVinoRunner(path, threads)
 
 
 def version() -> str:
@@ -80,9 +83,12 @@ def _info(layer: Any, key: str) -> str:
     return str(layer.get_rt_info()[key].astype(str))
 
 
-def compile_model(path: Path) -> Any:
+def compile_model(path: Path, threads: int | None = None) -> Any:
     """A CompiledModel for ``path``. What is not INT8 is computed in FP32, also where the CPU has BF16."""
-    config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    if threads is not None:
+        # whoever counts threads shares the machine: pinned, two such models would meet on the same cores
+        config |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
     core = _core()
     try:
         return core.compile_model(core.read_model(os.fspath(path)), "CPU", config)

@@ -7,6 +7,7 @@ import statistics
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,29 +19,12 @@ from edgeres import fusion
 from edgeres.engine_layers import raw_layers
 from edgeres.errors import BuildError, InputError, UsageError
 from edgeres.runners import Runner
+from edgeres.runners.calls import PARTS, Slot, back_to_back
 from edgeres.runners.cuda import Cuda, CudaPython, open_cuda
 from edgeres.trt import EXECUTORS, load_library, logger
 
 DTYPES = {"FLOAT": np.float32, "HALF": np.float16, "UINT8": np.uint8}
 """What goes into and comes out of a plan: member of the library's DataType -> numpy's type."""
-PARTS = ("copy_in", "compute", "copy_out")
-"""What a call of the GPU consists of."""
-
-
-@dataclass
-class _Slot:
-    """What one piece of a batch needs from its arrival to its result, so that two pieces can be under way.
-
-    ``marks`` are events: before the copy in, after it, after the computation, and after the copy out.
-    """
-
-    stream: Any
-    marks: list[Any]
-    source: np.ndarray
-    result: np.ndarray
-    source_address: int
-    result_address: int
-    graph: Any = None
 
 
 class TensorRtRunner(Runner):
@@ -67,7 +51,7 @@ class TensorRtRunner(Runner):
         self._runtime: Any = None
         self._engine: Any = None
         self._context: Any = None
-        self._slots: list[_Slot] = []
+        self._slots: list[Slot] = []
         self._images = 0  # the batch size that the execution context is set to
         self._split: dict[str, float] | None = None
         self._profiled = False
@@ -114,13 +98,13 @@ class TensorRtRunner(Runner):
         self.batch = None if images < 0 else images
         # profile 0 is the only one that edgeres builds, and what a first context starts with
         shapes = engine.get_tensor_profile_shape(self._input, 0) if self.batch is None else [[images]] * 3
-        self._smallest, self.usual, self._largest = (shape[0] for shape in shapes)
+        self._smallest, self.usual, self.largest = (shape[0] for shape in shapes)
         self._context = self._given(engine.create_execution_context(), "create an execution context")
         for _ in range(2 if self.batch is None else 1):
-            source = cuda.host((self._largest, *self._image), self.dtype)
-            result = cuda.host((self._largest, *self._logits), result_dtype)
+            source = cuda.host((self.largest, *self._image), self.dtype)
+            result = cuda.host((self.largest, *self._logits), result_dtype)
             addresses = [cuda.device(array.nbytes) for array in (source, result)]
-            self._slots.append(_Slot(cuda.stream(), [cuda.event() for _ in range(4)], source, result, *addresses))
+            self._slots.append(Slot(cuda.stream(), [cuda.event() for _ in range(4)], source, result, *addresses))
 
     def _set_up(self, runtime: Any) -> None:
         """What must be said before a plan is loaded."""
@@ -166,6 +150,18 @@ class TensorRtRunner(Runner):
                 return self._split
             finally:
                 self._split = None
+
+    def repeat(
+        self, pixels: np.ndarray, go_on: Callable[[dict[str, float]], bool], transfers: bool = True, spin: bool = False
+    ) -> None:
+        """Calls of ``infer(pixels)``, which fit one piece, `back_to_back` until ``go_on`` says no."""
+        if len(pixels) > self.largest:
+            raise UsageError(f"this plan takes {self.largest} images at a time", evidence=f"got {len(pixels)}")
+        with self._lock:
+            self.infer(pixels)  # the first slot has pixels and shape then, and kernels are loaded
+            cuda, slot = self._opened(), self._slots[0]
+            with cuda.current(), cuda.borrowed():
+                back_to_back(cuda, slot, self._images, lambda: self._enqueue(cuda, slot, False), go_on, transfers, spin)
 
     def inspect(self) -> list[Any]:
         """The plan's layers as the library tells them, at the usual batch; details if the build asked for them."""
@@ -256,18 +252,18 @@ class TensorRtRunner(Runner):
     def _pieces(self, cuda: Cuda, pixels: np.ndarray) -> np.ndarray:
         logits = np.empty((len(pixels), *self._logits), self._slots[0].result.dtype)
         slots = self._slots[:1] if self._split is not None or self._profiled else self._slots
-        queued: deque[tuple[_Slot, np.ndarray]] = deque()
-        for i, start in enumerate(range(0, len(pixels), self._largest)):
+        queued: deque[tuple[Slot, np.ndarray]] = deque()
+        for i, start in enumerate(range(0, len(pixels), self.largest)):
             if len(queued) == len(slots):
                 self._collect(cuda, *queued.popleft())
-            slot, piece = slots[i % len(slots)], slice(start, start + self._largest)
+            slot, piece = slots[i % len(slots)], slice(start, start + self.largest)
             self._queue(cuda, slot, pixels[piece])
             queued.append((slot, logits[piece]))
         while queued:
             self._collect(cuda, *queued.popleft())
         return logits
 
-    def _queue(self, cuda: Cuda, slot: _Slot, piece: np.ndarray) -> None:
+    def _queue(self, cuda: Cuda, slot: Slot, piece: np.ndarray) -> None:
         """Copy in, compute, copy out, none of them waited for."""
         images = max(len(piece), self._smallest)
         if first := images != self._images:
@@ -286,23 +282,29 @@ class TensorRtRunner(Runner):
         cuda.copy_out(slot.result[:images], slot.result_address, slot.stream)
         self._mark(cuda, done, slot)
 
-    def _mark(self, cuda: Cuda, event: Any, slot: _Slot) -> None:
+    def _mark(self, cuda: Cuda, event: Any, slot: Slot) -> None:
         if self._split is not None:
             cuda.record(event, slot.stream)
 
-    def _compute(self, cuda: Cuda, slot: _Slot, first: bool) -> None:
+    def _compute(self, cuda: Cuda, slot: Slot, first: bool) -> None:
         """Run what was copied in. ``first``: of this batch size."""
         context = self._context
         for name, address in ((self._input, slot.source_address), (self._output, slot.result_address)):
             self._given(context.set_tensor_address(name, address), f"take the address of {name}")
-        handle = cuda.handle(slot.stream)
+        start = time.perf_counter()
+        self._enqueue(cuda, slot, first)
+        if self._split is not None:
+            self._split["enqueue"] += 1e3 * (time.perf_counter() - start)
+
+    def _enqueue(self, cuda: Cuda, slot: Slot, first: bool) -> None:
+        """Queue the computation in the slot's stream, at the addresses that are set."""
+        context, handle = self._context, cuda.handle(slot.stream)
 
         def enqueue() -> None:
             self._given(context.execute_async_v3(handle), "run")
 
         # TensorRT finishes its setting up in the first call of a shape; TensorRT-RTX may say that it has not yet
         plain = first or self._profiled or not self._cuda_graph
-        start = time.perf_counter()
         if plain or not getattr(context, "is_stream_capturable", lambda _: True)(handle):
             enqueue()
         else:
@@ -310,8 +312,6 @@ class TensorRtRunner(Runner):
             if slot.graph is None:
                 slot.graph = graphs.capture(slot.stream, enqueue)
             graphs.launch(slot.graph, slot.stream)
-        if self._split is not None:
-            self._split["enqueue"] += 1e3 * (time.perf_counter() - start)
 
     def _set_images(self, cuda: Cuda, images: int) -> None:
         """Set the batch size, with nothing under way that depends on it."""
@@ -329,7 +329,7 @@ class TensorRtRunner(Runner):
             raise BuildError(f"{images} images give {self._output} of {shape}", evidence=self._log.errors())
         self._images = images
 
-    def _collect(self, cuda: Cuda, slot: _Slot, logits: np.ndarray) -> None:
+    def _collect(self, cuda: Cuda, slot: Slot, logits: np.ndarray) -> None:
         """Wait for what is in ``slot`` and copy it to where the caller has it."""
         cuda.synchronize(slot.stream)
         logits[:] = slot.result[: len(logits)]
@@ -350,8 +350,11 @@ class TensorRt:
 
     name: str
 
-    def load(self, path: Path, **settings: Any) -> TensorRtRunner:
-        """Load the plan at ``path``; ``settings`` are those of `TensorRtRunner`."""
+    def load(self, path: Path, threads: int | None = None, **settings: Any) -> TensorRtRunner:
+        """Load the plan at ``path``; ``settings`` are those of `TensorRtRunner`.
+
+        ``threads`` are for a CPU to compute with: they mean nothing here, where one thread feeds the GPU.
+        """
         return TensorRtRunner(path, self.name, **settings)
 
     def version(self) -> str:
