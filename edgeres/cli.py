@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 import edgeres
-from edgeres import cli_results, progress
+from edgeres import cli_device, cli_results, progress
 from edgeres.cli_results import show_results
 from edgeres.command import Commands, command_of, job
 from edgeres.errors import UsageError
@@ -62,8 +62,8 @@ def _show_model(show: Any, path: Path) -> None:
 
 
 @command("like", "input-size", "resize", "labels", "limit", "seed", "model", "skip-bad", "output")
-@click.argument("source", type=PATH)
-def pack(show: Any, source: Path, like: str | None, model: Path | None, skip_bad: bool, output: Path | None) -> None:
+@click.argument("source", metavar="SOURCE")
+def pack(show: Any, source: str, like: str | None, model: Path | None, skip_bad: bool, output: Path | None) -> None:
     """Images -> one file of preprocessed pixels.
 
     A pack is read at memory speed and needs no image library. It holds images for one preprocessing: that of --like,
@@ -72,15 +72,17 @@ def pack(show: Any, source: Path, like: str | None, model: Path | None, skip_bad
     from edgeres.baseline import preprocess_like
     from edgeres.layouts import open_images
     from edgeres.pack import write_pack
+    from edgeres.remote import place
 
     recipe = job().recipe
     preprocess = preprocess_like(recipe, like or (str(model) if model else None), default=True)
-    if source.suffix == ".pack":
-        raise UsageError(f"{source} is a pack already", hint="give the images it was made from")
-    images = open_images(source, recipe.validation.labels)
+    at = place(source)
+    if at.suffix == ".pack":
+        raise UsageError(f"{at} is a pack already", hint="give the images it was made from")
+    images = open_images(at, recipe.validation.labels)
     # the limit of the workspace is for judging, not for packing: only a flag counts
     limit = click.get_current_context().meta.get("flags", {}).get("validation", {}).get("limit")
-    path = output or Path(f"{source.name}.pack")
+    path = output or Path(f"{at.name}.pack")
     packed = write_pack(images.subset(limit, recipe.seed), preprocess, path, skip_bad=skip_bad)
     progress.say(f"{path}: {len(packed):,} of {len(images):,} images")
     show({"pack": str(path), "images": len(packed), "preprocess": preprocess.to_json()}, str(path))
@@ -123,22 +125,34 @@ def build_engine(show: Any, output: Path | None, **options: Any) -> None:
 JUDGE = ("data", "limit", "max-drop", "min-relative", "accepted", "seed", "skip-bad")
 
 
-@command("depth", "variant", "precision", "target", "model", "labels", *JUDGE, "shard")
+@command("depth", "variant", "precision", "target", "model", "labels", *JUDGE, "shard", "ray", "ray-cpus")
 @click.argument("engines", nargs=-1, type=PATH)
-def validate(show: Any, engines: tuple[Path, ...], shard: str | None, **options: Any) -> None:
+def validate(
+    show: Any, engines: tuple[Path, ...], shard: str | None, ray: str | None, ray_cpus: int | None, **options: Any
+) -> None:
     """Engines against the FP32 baseline: accuracy, latency.
 
-    Without ENGINES, the workspace's engine for --precision and --target. A run that was cut short goes on. Exit status
-    1 if --max-drop or the recipe's budget is not shown to be met.
+    Without ENGINES, the workspace's engine for --precision and --target. A run that was cut short goes on; one with
+    --ray begins anew, and measures no latency. Exit status 1 if --max-drop or the recipe's budget is not shown to be
+    met.
     """
     from edgeres import pipeline
     from edgeres.build import Engine
+    from edgeres.fleet import Fleet
     from edgeres.validate import Shard
 
+    if ray_cpus and not ray:
+        raise UsageError("--ray-cpus is for a Ray cluster", hint="name it with --ray")
+    if ray and shard:
+        raise UsageError("--shard and --ray do not go together", hint="Ray cuts the set into parts itself")
     work = job(**options)
     part = Shard.parse(shard) if shard else None
     loaded = [Engine.load(path) for path in engines or (work.folder,)]
-    show_results(show, pipeline.validate_engines(work, loaded, part), as_list=len(loaded) > 1)
+    show_results(
+        show,
+        pipeline.validate_engines(work, loaded, part, Fleet(ray, ray_cpus) if ray else None),
+        as_list=len(loaded) > 1,
+    )
 
 
 def _batches(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[int, ...]:
@@ -288,7 +302,7 @@ def demo(show: Any) -> None:
     show_results(show, example.run(flags.get("model", {}).get("variant", "v1.5"), flags.get("seed", 0)))
 
 
-for group in (cli_results.commands,):
+for group in (cli_results.commands, cli_device.commands):
     for each in group.commands.values():
         cli.add_command(each)
 

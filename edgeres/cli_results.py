@@ -109,9 +109,9 @@ def data() -> None:
 
 
 @command_of(data, "labels")
-@click.argument("source", type=PATH)
-@click.option("--against", type=PATH, help="A set that must not share an image with this one, by content.")
-def check(show: Any, source: Path, against: Path | None) -> None:
+@click.argument("source", metavar="SOURCE")
+@click.option("--against", metavar="PATH", help="A set that must not share an image with this one, by content.")
+def check(show: Any, source: str, against: str | None) -> None:
     """What a set holds, and what is wrong with it.
 
     Reads every image, and checks a pack's pixels against its digest. Exit status 1 for unreadable images, labels out of

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
@@ -17,11 +16,13 @@ from edgeres.errors import InputError, need
 from edgeres.files import digest, sha256_file
 from edgeres.images import decode
 from edgeres.recipe import Preprocess
+from edgeres.remote import Address, Place
 
 T = TypeVar("T")
 S = TypeVar("S")
 
 
+ELSEWHERE = "where other processes read the images, give a path that every machine sees, or an address such as s3://..."
 HASHED = 64
 """Files that one task hashes: a task for each small file would cost more than reading it."""
 
@@ -31,9 +32,12 @@ class ImageSet:
     """Image files in a fixed order. ``paths`` are relative to ``root``; ``labels`` are class indices, or None.
 
     ``classes`` are the class names by index, empty where the labels came as numbers.
+
+    Sets may be pickled: images stay where they are, and are found there from any folder. Loading one reads nothing;
+    `require` says whether another process, or another machine, sees the images.
     """
 
-    root: Path
+    root: Place
     paths: tuple[str, ...]
     labels: tuple[int, ...] | None
     classes: tuple[str, ...] = ()
@@ -45,6 +49,9 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "root": self.root.absolute()}
 
     def subset(self, limit: int | None, seed: int = 0) -> ImageSet:
         """At most ``limit`` images, drawn by a hash of seed and path: the same ones on every machine.
@@ -79,8 +86,21 @@ class ImageSet:
         return sha256_file(self.root / self.paths[i])
 
     def require(self, preprocess: Preprocess) -> None:
-        """Raise what keeps every image from being read under ``preprocess``: here, that no image library is there."""
+        """Raise what keeps every image from being read under ``preprocess``: no image library, no image there."""
         need("PIL.Image", "images")
+        if isinstance(self.root, Address) or not len(self):  # every machine sees the same at an address
+            return
+        # a broken link counts as there: it is one unreadable image
+        if not any(os.path.lexists(str(file)) for file in self._files()):
+            raise InputError(
+                f"none of the {len(self)} images in {self.root} is there",
+                evidence=f"the first would be {next(self._files())}",
+                hint=ELSEWHERE,
+            )
+
+    def _files(self) -> Iterator[Place]:
+        """The files that are read."""
+        return (self.root / path for path in self.paths)
 
     def read(self, i: int, preprocess: Preprocess) -> np.ndarray:
         """Image ``i`` resized and cropped -> uint8 (crop, crop, 3) RGB. Raises what decoding raises."""
@@ -88,7 +108,7 @@ class ImageSet:
 
     def open(self, i: int) -> IO[bytes]:
         """The encoded bytes of image ``i``, to be closed by the caller."""
-        return open(self.root / self.paths[i], "rb")
+        return (self.root / self.paths[i]).open("rb")
 
 
 def threaded(function: Callable[[S], T], items: Iterable[S], ahead: int = 1024) -> Iterator[T]:

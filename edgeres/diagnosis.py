@@ -27,7 +27,7 @@ class JetPack(NamedTuple):
 
 # developer.nvidia.com/embedded/jetpack-archive. DLA: NVIDIA/Deep-Learning-Accelerator-SW, operators/README.md, for
 # JetPack 5 and 6; for 7, and that Thor has none, "Working with DLA" in TensorRT's documentation. JetPack 6 also takes
-# TensorRT 10.4 to 10.7, which NVIDIA has as archives; 7.2.2 is the first to take 11.4.1, which may have to be installed.
+# TensorRT 10.4 to 10.7, which NVIDIA has as archives; 7.2.2 is the first to take 11.4.1, maybe to be installed.
 JETPACKS = (
     JetPack("5.1", "35.2.1", "8.5.2", "11.4", "3.8", "Xavier, Orin", "all but Orin Nano"),
     JetPack("6.0", "36.2.0", "8.6.2", "12.2", "3.10", "Orin", "all but Orin Nano"),

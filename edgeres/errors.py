@@ -3,7 +3,7 @@
     EdgeresError               exit status 1; cause, evidence, next step
     ├── UsageError             exit status 2: an option, a key or a combination that makes no sense
     ├── MissingDependency      a package of an extra is not installed
-    ├── InputError             a file is missing, unreadable, or not what it should be
+    ├── InputError             a file is missing, unreadable, or not what it should be; `remote.Unreachable` is one
     ├── StaleError             an artifact was made from other inputs than these
     └── BuildError             an executor refused a graph or an engine
 

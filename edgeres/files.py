@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from edgeres.errors import InputError
+from edgeres.remote import Place
 
 
-def sha256_file(path: Path) -> str:
+def sha256_file(path: Place) -> str:
     """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     try:
-        with open(path, "rb") as f:
+        with path.open("rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(f)
     except OSError as error:
         raise InputError(f"cannot read {path}", evidence=error.strerror or str(error)) from error

@@ -18,6 +18,7 @@ import numpy as np
 
 from edgeres.errors import InputError, need
 from edgeres.recipe import Preprocess, one_of
+from edgeres.remote import Address
 
 MAX_PIXELS = 178_956_970
 """An image with more, or that would have more once resized, is refused. Pillow's own limit for an error."""
@@ -44,12 +45,12 @@ def preset(name: str) -> Preprocess:
     return PRESETS[name]
 
 
-def decode(file: Path | IO[bytes], preprocess: Preprocess) -> np.ndarray:
+def decode(file: Path | Address | IO[bytes], preprocess: Preprocess) -> np.ndarray:
     """Read one image -> uint8 (crop, crop, 3) RGB, resized and cropped as torchvision does it on PIL images.
 
     An `InputError` says in one line what is wrong with the image; a damaged one can raise anything.
     """
-    with open_image(file) as opened:
+    with open_image(file.open() if isinstance(file, Address) else file) as opened:
         w, h = opened.size
         short = min(w, h)
         # torchvision's Resize truncates the longer side, its CenterCrop rounds the offset

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import glob
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
+from typing import NamedTuple
 
 from edgeres import imagenet, shards
 from edgeres.data import ImageSet
 from edgeres.errors import InputError, UsageError
+from edgeres.labels import csv_rows, number_labels, number_names, read_lines, read_names
 from edgeres.progress import say
+from edgeres.remote import Address, Place, place
 
 IMAGE_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 ARCHIVES = (".zip", ".tgz", ".tar.gz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".7z", ".rar")
@@ -32,7 +34,7 @@ ILSVRC = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG", re.IGNORECASE)
 HINT = "give a folder with one folder per class, a list file with one `path label` per line, a CSV file or tar shards"
 
 
-def open_images(source: str | Path, labels: str | Path | None = None, classes: int | None = None) -> ImageSet:
+def open_images(source: str | Place, labels: str | Place | None = None, classes: int | None = None) -> ImageSet:
     """Open whatever ``source`` is.
 
     - a folder of class folders: indices are ImageNet's where every name is a WordNet id of ImageNet-1k, however few
@@ -46,29 +48,46 @@ def open_images(source: str | Path, labels: str | Path | None = None, classes: i
     - WebDataset shards: a .tar, a folder of them, or a pattern such as ``val-*.tar``.
     - a .pack that edgeres made.
 
+    All but tar shards may lie at an address that fsspec knows, such as s3://bucket/val.pack: names are listed once,
+    images and pixels are read when they are needed. Web servers list no folders.
+
     Names that begin with a dot are left out. ``classes``, the number of the model's, bounds labels given as numbers
     and switches ImageNet's numbering off if it is not 1000: a model of ten classes numbers its ten folders itself.
     """
-    path, truth = Path(source), None if labels is None else Path(labels)
-    if path.is_dir():
+    path, truth = place(source), None if labels is None else place(labels)
+    kind, shown = _kind(path), path if isinstance(path, Address) else source
+    if kind == "directory":
         images = _open_folder(path, truth, classes)
-    elif path.is_file():
+    elif kind == "file":
         images = _open_file(path, truth, classes)
     elif glob.has_magic(str(source)) and (found := sorted(glob.glob(str(source), recursive=True))):
         if other := next((f for f in found if not f.endswith(".tar")), None):
             raise InputError(f"{source} matches {other}", hint="a pattern is for tar shards alone, such as 'val-*.tar'")
         images = _open_shards([Path(f) for f in found], truth, classes)
     else:
-        raise InputError(f"no images at {source}", hint=HINT)
+        raise InputError(f"no images at {shown}", hint=HINT)
     if not len(images):
         looked = f"looked for files ending in {', '.join(sorted(IMAGE_SUFFIXES))}"
-        raise InputError(f"no images in {source}", evidence=looked, hint=HINT)
+        raise InputError(f"no images in {shown}", evidence=looked, hint=HINT)
     if odd := next((p for p in images.paths if "\n" in p or "\t" in p or "\r" in p), None):
         raise InputError("a file name holds a tab or a line break", evidence=repr(odd), hint="rename it")
     return images
 
 
-def _open_file(path: Path, labels: Path | None, classes: int | None) -> ImageSet:
+def _kind(path: Place) -> str:
+    """What lies there: "file", "directory", or something else."""
+    if not isinstance(path, Address):
+        return "directory" if path.is_dir() else "file" if path.is_file() else ""
+    if not path.web:
+        return path.kind()
+    if path.suffix:
+        return "file"  # if it is not there, reading it says so
+    raise InputError(
+        f"{path} names no file", evidence="web servers do not list folders", hint="give a pack, or a list of the images"
+    )
+
+
+def _open_file(path: Place, labels: Place | None, classes: int | None) -> ImageSet:
     name = path.name.lower()
     if name.endswith(".pack"):
         from edgeres.pack import open_pack
@@ -90,7 +109,9 @@ def _open_file(path: Path, labels: Path | None, classes: int | None) -> ImageSet
     return (_open_csv if name.endswith(".csv") else _open_list)(path, names, classes)
 
 
-def _starts_with(path: Path, magic: bytes) -> bool:
+def _starts_with(path: Place, magic: bytes) -> bool:
+    if isinstance(path, Address):
+        return path.piece(0, len(magic))[0] == magic
     with open(path, "rb") as f:
         return f.read(len(magic)) == magic
 
@@ -98,7 +119,26 @@ def _starts_with(path: Path, magic: bytes) -> bool:
 # folders
 
 
-def _open_folder(root: Path, labels: Path | None, classes: int | None) -> ImageSet:
+class _Listing(NamedTuple):
+    """What a folder holds, by name: the images below each folder in it, images and tar files in it."""
+
+    folders: dict[str, list[str]]
+    flat: list[str]
+    tars: list[str]
+
+
+def _open_folder(root: Place, labels: Place | None, classes: int | None) -> ImageSet:
+    found, flat, tars = _list_address(root) if isinstance(root, Address) else _list(root)
+    if folders := [name for name, paths in found.items() if paths]:
+        if flat:
+            say(f"left out {len(flat)} images beside the class folders of {root}, the first is {flat[0]}")
+        return _class_folders(root, {name: found[name] for name in folders}, labels, classes)
+    if tars and not flat:
+        return _open_shards([root / name for name in tars], labels, classes)
+    return _with_truth(ImageSet(root, tuple(flat), None), root, labels, classes)
+
+
+def _list(root: Path) -> _Listing:
     top = _entries(str(root))
     found: dict[str, list[str]] = {}
     for entry in top:
@@ -107,17 +147,25 @@ def _open_folder(root: Path, labels: Path | None, classes: int | None) -> ImageS
             if not found[entry.name] and _entries(entry.path):
                 say(f"no images in {entry.path}: not a class")
     flat = [entry.name for entry in top if not entry.is_dir() and _is_image(entry)]
-    if folders := [name for name, paths in found.items() if paths]:
-        if flat:
-            say(f"left out {len(flat)} images beside the class folders of {root}, the first is {flat[0]}")
-        return _class_folders(root, {name: found[name] for name in folders}, labels, classes)
-    tars = [Path(entry.path) for entry in top if entry.name.endswith(".tar") and entry.is_file()]
-    if tars and not flat:
-        return _open_shards(tars, labels, classes)
-    return _with_truth(ImageSet(root, tuple(flat), None), root, labels, classes)
+    return _Listing(found, flat, [entry.name for entry in top if entry.name.endswith(".tar") and entry.is_file()])
 
 
-def _class_folders(root: Path, found: dict[str, list[str]], labels: Path | None, classes: int | None) -> ImageSet:
+def _list_address(root: Address) -> _Listing:
+    """The same for a folder at an address, in the same order."""
+    found: dict[str, list[str]] = {}
+    files = [parts for parts in root.find() if not any(part.startswith(".") for part in parts)]
+    for top, *below in files:
+        images = found.setdefault(top, []) if below else []
+        if below and _image_suffix(below[-1]):
+            images.append("/".join((top, *below)))
+    for name, images in found.items():
+        if not images:
+            say(f"no images in {root / name}: not a class")
+    flat = [name for name, *below in files if not below]
+    return _Listing(found, [n for n in flat if _image_suffix(n)], [n for n in flat if n.endswith(".tar")])
+
+
+def _class_folders(root: Place, found: dict[str, list[str]], labels: Place | None, classes: int | None) -> ImageSet:
     """``found``: folder -> paths, folders in alphabetical order."""
     if labels is not None:
         index = {name: i for i, name in enumerate(read_names(labels))}
@@ -133,31 +181,6 @@ def _class_folders(root: Path, found: dict[str, list[str]], labels: Path | None,
         names, index = number_names(list(found), classes, f"the class folders of {root}")
     pairs = [(path, index[name]) for name, paths in found.items() for path in paths]
     return ImageSet(root, tuple(p for p, _ in pairs), tuple(i for _, i in pairs), tuple(names))
-
-
-def number_names(names: list[str], classes: int | None, what: str) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Class names in alphabetical order -> all the classes by index, and the index of each name.
-
-    English names are taken for ImageNet's only if the model is known to have 1000 classes: ant, bee and zebra could be
-    all there is.
-    """
-    everything = len(imagenet.ids())
-    ids = all(map(imagenet.WORDNET_ID.fullmatch, names))
-    if classes == everything or (classes is None and ids):
-        if known := imagenet.indices(names):
-            return imagenet.ids(), known
-        unknown = [name for name in names if imagenet.index(name) is None]
-        if classes == everything != len(names) and len(unknown) < len(names):
-            raise InputError(
-                f"some of {what} are classes of ImageNet, others are not",
-                evidence=f"{len(unknown)} of {len(names)} are not, or could be two of them: {', '.join(unknown[:5])}"
-                if unknown
-                else "WordNet ids and English names are mixed, or one class has two names",
-                hint="name every class by its WordNet id, or give --labels FILE with one class name per line",
-            )
-    if len(names) > 10 and all(map(str.isdecimal, names)) and sorted(names, key=int) != names:
-        say(f"{what} are numbers, in alphabetical order as in torchvision: {', '.join(names[:3])}, ...")
-    return tuple(names), {name: i for i, name in enumerate(names)}
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
@@ -189,17 +212,21 @@ def _walk(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
     """By name. A broken link counts, so that reading it is an error; a pipe or device of that name is refused."""
-    if os.path.splitext(entry.name)[1].lower() not in IMAGE_SUFFIXES:
+    if not _image_suffix(entry.name):
         return False
     if not entry.is_file() and os.path.exists(entry.path):
         raise InputError(f"{entry.path} is no regular file", hint="remove the pipe, socket or device")
     return True
 
 
+def _image_suffix(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
 # ground truth of flat folders
 
 
-def _with_truth(images: ImageSet, folder: Path, labels: Path | None, classes: int | None) -> ImageSet:
+def _with_truth(images: ImageSet, folder: Place, labels: Place | None, classes: int | None) -> ImageSet:
     """``images`` with labels from a file, by base name; ImageNet's validation images may have theirs beside them."""
     bases = [path.rpartition("/")[2] for path in images.paths]
     validation = bool(bases) and all(map(ILSVRC.fullmatch, bases))
@@ -221,7 +248,7 @@ def _with_truth(images: ImageSet, folder: Path, labels: Path | None, classes: in
     return replace(images, labels=numbers, classes=names)
 
 
-def _truth_beside(folder: Path) -> Path | None:
+def _truth_beside(folder: Place) -> Place | None:
     above = [folder, *folder.resolve().parents]
     places = [f / name for f in above[:2] for name in TRUTHS]
     places += [f / TRUTHS[0] for f in above[2:5]]  # Kaggle's layout keeps it four folders up
@@ -233,7 +260,7 @@ def _truth_beside(folder: Path) -> Path | None:
     return None
 
 
-def _read_truth(path: Path) -> dict[str, str]:
+def _read_truth(path: Place) -> dict[str, str]:
     """Base name (with or without suffix) -> label as written, from one of these.
 
     - ``name label`` lines, 0-based indices or WordNet ids (MLPerf's val_map.txt, Caffe's val.txt)
@@ -244,7 +271,7 @@ def _read_truth(path: Path) -> dict[str, str]:
     in the kit's own order of synsets (meta.mat), which is not that of the sorted ids that networks are trained with.
     """
     if path.suffix.lower() == ".csv":
-        rows = list(_csv_rows(path, (*PATH_COLUMNS, "imageid"), (*LABEL_COLUMNS, "predictionstring")))
+        rows = list(csv_rows(path, (*PATH_COLUMNS, "imageid"), (*LABEL_COLUMNS, "predictionstring")))
         pairs = [
             (n, name, (label.split() or [""])[0] if "ImageId" in column else label) for n, name, label, column in rows
         ]
@@ -267,7 +294,7 @@ def _read_truth(path: Path) -> dict[str, str]:
     return truth
 
 
-def _truth_in_order(path: Path, lines: list[str]) -> dict[str, str]:
+def _truth_in_order(path: Place, lines: list[str]) -> dict[str, str]:
     if all(map(str.isdecimal, lines)):
         raise InputError(
             f"{path} has numbers alone, and which class each stands for is not known",
@@ -288,7 +315,7 @@ def _truth_in_order(path: Path, lines: list[str]) -> dict[str, str]:
 # list files and CSV
 
 
-def _open_list(path: Path, names: list[str] | None, classes: int | None) -> ImageSet:
+def _open_list(path: Place, names: list[str] | None, classes: int | None) -> ImageSet:
     """``path label`` lines: an index, a WordNet id, or a name from the labels file. Or paths alone, or ``-``."""
     rows = [(number, line, *_columns(line)) for number, line in read_lines(path) if not line.startswith("#")]
     known = set(names or ())
@@ -325,8 +352,8 @@ def _only_path(line: str, label: str) -> bool:
     return not label.isdecimal() and PurePath(line).suffix.lower() in IMAGE_SUFFIXES
 
 
-def _open_csv(path: Path, names: list[str] | None, classes: int | None) -> ImageSet:
-    rows = list(_csv_rows(path, PATH_COLUMNS, LABEL_COLUMNS))
+def _open_csv(path: Place, names: list[str] | None, classes: int | None) -> ImageSet:
+    rows = list(csv_rows(path, PATH_COLUMNS, LABEL_COLUMNS))
     _refuse_twice(path, [(number, name) for number, name, _, _ in rows])
     numbers, found = number_labels(
         [label for *_, label, _ in rows], names, classes, lambda i: f"{path}, line {rows[i][0]}"
@@ -334,42 +361,7 @@ def _open_csv(path: Path, names: list[str] | None, classes: int | None) -> Image
     return ImageSet(path.parent, tuple(name for _, name, _, _ in rows), numbers, found)
 
 
-def _csv_rows(path: Path, names: tuple[str, ...], labels: tuple[str, ...]) -> Iterator[tuple[int, str, str, str]]:
-    """Line number, path, label and the path column's heading, for each row of a CSV file with a header."""
-    text = _read_text(path)
-    header = text.partition("\n")[0]
-    separator = max(",;\t", key=header.count)
-    reader = csv.reader(text.splitlines(keepends=True), delimiter=separator, strict=True)
-    try:
-        headings = [heading.strip() for heading in next(reader, [])]
-        columns = [_column(headings, wanted) for wanted in (names, labels)]
-        if None in columns:
-            raise InputError(
-                f"{path} has no column for the {'path' if columns[0] is None else 'label'}",
-                evidence=f"its first line names {', '.join(map(repr, headings)) or 'nothing'}",
-                hint=f"call one of {', '.join(names)}, and one of {', '.join(labels)}",
-            )
-        at, label = (c for c in columns if c is not None)
-        for row in reader:
-            if not row:
-                continue
-            if len(row) != len(headings) or not row[at].strip() or not row[label].strip():
-                problem = (
-                    f"{len(row)} columns, {len(headings)} in the header" if len(row) != len(headings) else repr(row)
-                )
-                raise InputError(f"{path}, line {reader.line_num}: expected a path and a label", evidence=problem)
-            yield reader.line_num, row[at].strip(), row[label].strip(), headings[at]
-    except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: not valid CSV", evidence=str(error)) from error
-
-
-def _column(headings: list[str], wanted: tuple[str, ...]) -> int | None:
-    """Place of the first of ``wanted`` that is there."""
-    lower = [heading.lower() for heading in headings]
-    return next((lower.index(name) for name in wanted if name in lower), None)
-
-
-def _refuse_twice(path: Path, lines: list[tuple[int, str]]) -> None:
+def _refuse_twice(path: Place, lines: list[tuple[int, str]]) -> None:
     first: dict[str, int] = {}
     for number, name in lines:
         if first.setdefault(name, number) != number:
@@ -383,7 +375,14 @@ def _refuse_twice(path: Path, lines: list[tuple[int, str]]) -> None:
 # shards
 
 
-def _open_shards(files: list[Path], labels: Path | None, classes: int | None) -> ImageSet:
+def _open_shards(places: Sequence[Place], labels: Place | None, classes: int | None) -> ImageSet:
+    files = [path for path in places if isinstance(path, Path)]
+    if len(files) < len(places):
+        raise InputError(
+            f"{places[0]} is a tar file at an address",
+            evidence="tar files have no index: to find the images in one, all of it is read",
+            hint="make a pack of a copy here (edgeres pack), and give the address of that",
+        )
     root = files[0].parent if len({f.parent for f in files}) == 1 else Path(os.path.commonpath(files))
     images, written = shards.gather(root, [f.relative_to(root).as_posix() for f in files])
     if written and all(label is None for label in written):
@@ -395,77 +394,3 @@ def _open_shards(files: list[Path], labels: Path | None, classes: int | None) ->
     names = None if labels is None else read_names(labels)
     numbers, found = number_labels(texts, names, classes, lambda i: f"{root}, {images.paths[i]}")
     return replace(images, labels=numbers, classes=found)
-
-
-# labels as written
-
-
-def number_labels(
-    written: Sequence[str], names: list[str] | None, classes: int | None, where: Callable[[int], str]
-) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Labels as written -> class indices, and the class names by index (none where labels are numbers).
-
-    With ``names``, each label is one of them or an index into them. Without, all are indices, or all names, which
-    are numbered as class folders are. ``where`` says where label i comes from, for an error.
-    """
-    index = {name: i for i, name in enumerate(names or ())}
-    found: tuple[str, ...] = tuple(names or ())
-    distinct = set(written)
-    texts = sorted(label for label in distinct if label not in index and not label.isdecimal())
-    if texts and names is None:
-        mixed = len(texts) < len(distinct)
-        if mixed and not set(texts) <= set(imagenet.ids()):
-            raise InputError(
-                "some labels are numbers, others are names",
-                evidence=f"{where(next(i for i, w in enumerate(written) if w == texts[0]))}: {texts[0]!r}",
-                hint="write all of them as indices, or give --labels FILE with one class name per line",
-            )
-        found, index = number_names(texts, None if mixed else classes, "the labels")
-    most = len(found) or classes or 1 << 31
-    numbers = {}
-    for label in distinct:
-        number = index.get(label, int(label) if label.isdecimal() and len(label) < 12 else None)
-        if number is None or number >= most:
-            place = where(next(i for i, w in enumerate(written) if w == label))
-            raise InputError(
-                f"{place}: no class {label!r}",
-                evidence=f"there are {most:,}, counted from 0",
-                hint="labels that count from 1 name every class wrongly" if label == str(most) else "",
-            )
-        numbers[label] = number
-    return tuple(numbers[label] for label in written), found
-
-
-def read_names(path: Path) -> list[str]:
-    """Class names by index, from a labels file."""
-    names = [line for _, line in read_lines(path)]
-    first: dict[str, int] = {}
-    for i, name in enumerate(names):
-        if first.setdefault(name, i) != i:
-            raise InputError(
-                f"{path} names class {name!r} twice",
-                evidence=f"as class {first[name]} and as class {i}",
-                hint="give each class a name of its own, such as its folder's",
-            )
-    return names
-
-
-def read_lines(path: Path) -> list[tuple[int, str]]:
-    """Line number and text of each line that is not blank."""
-    lines = _read_text(path).split("\n")
-    return [(number, line) for number, raw in enumerate(lines, 1) if (line := raw.strip())]
-
-
-def _read_text(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"cannot read {path} as a text file",
-            evidence=f"line {line} is not UTF-8: {content.splitlines()[line - 1][:80]!r}",
-            hint="save it as UTF-8",
-        ) from error
-    except OSError as error:
-        raise InputError(f"cannot read {path} as a text file", evidence=error.strerror or str(error)) from error

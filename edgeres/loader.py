@@ -15,6 +15,7 @@ import numpy as np
 from edgeres.data import ImageSet
 from edgeres.errors import InputError, UsageError
 from edgeres.recipe import Preprocess
+from edgeres.remote import Unreachable
 
 AHEAD = 2
 """Batches decoded while one is used; more if that would leave cores idle."""
@@ -106,6 +107,8 @@ def read_ahead(
         for i, row in zip(places, rows, strict=True):
             try:
                 pixels = images.read(i, preprocess)
+            except Unreachable:  # a network that is down says nothing about an image: it is not one to skip
+                raise
             except Exception as error:  # a damaged file can raise anything from an image library
                 bad.append((i, str(error) or type(error).__name__))
                 continue

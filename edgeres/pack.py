@@ -1,6 +1,6 @@
 """Packs: a preprocessed image set in one memory-mapped file. Reading one needs no image library.
 
-byte 0     header, one page: `HEADER`, zeros, and in its last 32 bytes the SHA-256 of the bytes before them
+byte 0     header, one page: `pixels.HEADER`, zeros, and in its last 32 bytes the SHA-256 of the bytes before them
 byte 4096  pixels, uint8 (count, crop, crop, 3), RGB
 after them metadata, JSON up to the end of the file: preprocess, paths, labels, classes, SHA-256 of each image
            file, images left out, SHA-256 of the pixels
@@ -9,9 +9,7 @@ after them metadata, JSON up to the end of the file: preprocess, paths, labels, 
 from __future__ import annotations
 
 import json
-import mmap
 import os
-import struct
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -26,43 +24,13 @@ from edgeres.data import ImageSet
 from edgeres.errors import EdgeresError, InputError
 from edgeres.files import digest, read_json, write_json
 from edgeres.loader import read_ahead, recycled, refuse_all_bad, refuse_bad
+from edgeres.pixels import PAGE, VERSION, Header, Pixels, damaged, open_pixels
 from edgeres.progress import say, track
 from edgeres.recipe import Preprocess
+from edgeres.remote import Place, place
 
-PAGE = 4096
-MAGIC = b"EDGEPACK"
-VERSION = 1
-HEADER = struct.Struct("<8sIIQQQ32s")
-"""Magic, version, crop, count; where the metadata begins, its length and SHA-256."""
 BATCH = 32
 """Images written, and entered in the journal, at a time."""
-RELEASE = 16 << 20
-"""Bytes read until the pages read so far are handed back, so that a large pack does not fill this process."""
-
-
-class Mapped:
-    """The pixels of a pack, read-only (count, crop, crop, 3); bytes come from the file as they are touched."""
-
-    def __init__(self, file: IO[bytes], count: int, crop: int) -> None:
-        self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        size = count * crop * crop * 3
-        self._pixels = np.frombuffer(self._map, np.uint8, size, PAGE).reshape(count, crop, crop, 3)
-        self._touched = 0
-
-    def __getitem__(self, rows: int | slice) -> np.ndarray:
-        found: np.ndarray = self._pixels[rows]
-        self._touched += found.nbytes
-        if self._touched > RELEASE and hasattr(mmap, "MADV_DONTNEED"):
-            self._touched = 0
-            self._map.madvise(mmap.MADV_DONTNEED)  # an array still in use finds its bytes in the file again
-        return found
-
-    def digest(self) -> str:
-        """SHA-256 of all pixels."""
-        total = sha256()
-        for start in range(0, len(self._pixels), BATCH):
-            total.update(self[start : start + BATCH].data)
-        return total.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +47,7 @@ class Pack(ImageSet):
     made_from: str
     pixels_sha256: str
     rows: Sequence[int] = field(repr=False)
-    pixels: Mapped = field(repr=False, compare=False)
+    pixels: Pixels = field(repr=False, compare=False)
 
     @property
     def left_out(self) -> tuple[tuple[str, str], ...]:
@@ -98,7 +66,8 @@ class Pack(ImageSet):
         raise InputError(f"{self.root} holds pixels, not the bytes of {self.paths[i]}", hint="give the image folder")
 
     def require(self, preprocess: Preprocess) -> None:
-        """Raise `InputError` unless the images were packed under ``preprocess``."""
+        """Raise `InputError` unless the images were packed under ``preprocess``, and the pack is where it was."""
+        self.pixels.open()
         if preprocess == self.preprocess:
             return
         ours, theirs = self.preprocess.to_json(), preprocess.to_json()
@@ -111,56 +80,26 @@ class Pack(ImageSet):
     def read(self, i: int, preprocess: Preprocess) -> np.ndarray:
         """Image ``i`` -> uint8 (crop, crop, 3) RGB, a view of the file."""
         self.require(preprocess)
-        return self.pixels[self.rows[i]]
+        return self.pixels.read(self.rows, i)
 
     def verify(self) -> None:
         """Read all pixels; `InputError` unless they are those that were packed."""
         if (found := self.pixels.digest()) != self.pixels_sha256:
-            raise _refusal(self.root, "has damaged pixels", f"SHA-256 {found}, recorded is {self.pixels_sha256}")
+            raise damaged(self.root, "has damaged pixels", f"SHA-256 {found}, recorded is {self.pixels_sha256}")
 
 
-def open_pack(path: str | Path) -> Pack:
+def open_pack(path: str | Place) -> Pack:
     """Open the pack at ``path`` and check everything but the pixels, which `Pack.verify` checks."""
-    path = Path(path)
-    try:
-        with open(path, "rb") as f:
-            size, page = os.fstat(f.fileno()).st_size, f.read(PAGE)
-            crop, count, start, length, expected = _read_header(path, page, size)
-            f.seek(start)
-            text = f.read(length)
-            if sha256(text).digest() != expected:
-                raise _refusal(path, "has damaged metadata", "its SHA-256 is not the one in the header")
-            return _from_metadata(path, text, Mapped(f, count, crop), (count, crop, crop, 3))
-    except OSError as error:
-        raise InputError(f"cannot read {path}", evidence=error.strerror or str(error)) from error
+    pixels = open_pixels(place(path))
+    pixels.open()
+    text = pixels.metadata()
+    if sha256(text).digest() != pixels.header.metadata_sha256:
+        raise damaged(pixels.path, "has damaged metadata", "its SHA-256 is not the one in the header")
+    return _from_metadata(pixels, text)
 
 
-def _read_header(path: Path, page: bytes, size: int) -> tuple[int, int, int, int, bytes]:
-    """The first page -> crop, count, where the metadata begins, its length and SHA-256."""
-    if not page.startswith(MAGIC):
-        unfinished = bool(page) and not page.strip(b"\0")
-        raise InputError(
-            f"{path} is not a pack",
-            evidence="packing it was interrupted" if unfinished else f"it starts with {page[:8]!r}",
-            hint="run the same edgeres pack again" if unfinished else "make one with: edgeres pack DIR -o FILE.pack",
-        )
-    if len(page) < PAGE:
-        raise _refusal(path, "was cut short", f"{size:,} bytes are not even its header")
-    _, version, crop, count, start, length, expected = HEADER.unpack_from(page)
-    if version != VERSION:
-        raise InputError(
-            f"{path} is a pack of version {version}, this edgeres reads {VERSION}",
-            hint="pack the images again, or use the edgeres that made it",
-        )
-    if sha256(page[:-32]).digest() != page[-32:] or count < 1 or start != PAGE + count * crop * crop * 3:
-        raise _refusal(path, "has a damaged header", "it does not match its own digest")
-    if size != start + length:
-        what = "was cut short" if size < start + length else "has bytes after its end"
-        raise _refusal(path, what, f"it has {size:,} bytes, its header says {start + length:,}")
-    return crop, count, start, length, expected
-
-
-def _from_metadata(path: Path, text: bytes, pixels: Mapped, shape: tuple[int, ...]) -> Pack:
+def _from_metadata(pixels: Pixels, text: bytes) -> Pack:
+    path, crop, count = pixels.path, pixels.header.crop, pixels.header.images
     try:
         record = json.loads(text)
         pack = Pack(
@@ -173,19 +112,15 @@ def _from_metadata(path: Path, text: bytes, pixels: Mapped, shape: tuple[int, ..
             skipped=tuple((path, reason) for path, reason in record["skipped"]),
             made_from=record["made_from"],
             pixels_sha256=record["pixels_sha256"],
-            rows=range(shape[0]),
+            rows=range(count),
             pixels=pixels,
         )
     except (KeyError, TypeError, ValueError, EdgeresError) as error:
-        raise _refusal(path, "has unusable metadata", f"{type(error).__name__}: {error}") from error
+        raise damaged(path, "has unusable metadata", f"{type(error).__name__}: {error}") from error
     lengths = {len(part) for part in (pack.paths, pack.sha256, pack.rows, pack.labels or pack.rows)}
-    if record["shape"] != list(shape) or len(lengths) > 1 or pack.preprocess.crop != shape[1]:
-        raise _refusal(path, "has unusable metadata", "its parts are not about the same images")
+    if record["shape"] != [count, crop, crop, 3] or len(lengths) > 1 or pack.preprocess.crop != crop:
+        raise damaged(path, "has unusable metadata", "its parts are not about the same images")
     return pack
-
-
-def _refusal(path: Path, what: str, evidence: str) -> InputError:
-    return InputError(f"{path} {what}", evidence=evidence, hint="copy it again, or pack the images again")
 
 
 def write_pack(images: ImageSet, preprocess: Preprocess, path: str | Path, *, skip_bad: bool = False) -> Pack:
@@ -309,14 +244,13 @@ class _Part:
             "pixels_sha256": self.pixels.hexdigest(),
         }
         text = json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
-        page = HEADER.pack(MAGIC, VERSION, self.crop, len(good), self.end, len(text), sha256(text).digest())
-        page = page.ljust(PAGE - 32, b"\0")
+        header = Header(self.crop, len(good), self.end, len(text), sha256(text).digest())
         with open(self.file, "r+b") as f:
             f.seek(self.end)
             f.write(text)
             f.truncate()
             f.seek(0)
-            f.write(page + sha256(page).digest())
+            f.write(header.to_page())
             f.flush()
             os.fsync(f.fileno())  # the name must not be there before the bytes are
         os.replace(self.file, self.path)

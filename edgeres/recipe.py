@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from edgeres.errors import InputError, UsageError
 from edgeres.files import digest
+from edgeres.remote import is_address
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -354,7 +355,9 @@ def read_toml(path: Path, root: Path, below: dict[str, Any]) -> dict[str, Any]:
 
 
 def resolve(path: str, root: Path) -> str:
-    """``path`` against ``root``; a bare word that is no file there (such as "imagenet") stays a word."""
+    """``path`` against ``root``. An address stays as it is, and so does a bare word that is no file: "imagenet"."""
+    if is_address(path):
+        return path
     full = root / Path(path).expanduser()
     return path if Path(path).parent == Path() and not Path(path).suffix and not full.exists() else str(full)
 

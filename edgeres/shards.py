@@ -19,6 +19,7 @@ from edgeres.data import ImageSet
 from edgeres.errors import EdgeresError, InputError
 from edgeres.images import decode
 from edgeres.recipe import Preprocess
+from edgeres.remote import Place
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 LABELS = ("cls", "json", "txt")
@@ -45,15 +46,19 @@ class ShardedSet(ImageSet):
     places: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.int64), compare=False, repr=False)
 
     def take(self, keep: Sequence[int]) -> ImageSet:
-        taken = super().take(keep)
+        taken, places = super().take(keep), self.places[np.asarray(keep, np.int64)]
         assert isinstance(taken, ShardedSet)
-        return replace(taken, places=self.places[np.asarray(keep, np.int64)])
+        used, places[:, 0] = np.unique(places[:, 0], return_inverse=True)
+        return replace(taken, shards=tuple(self.shards[i] for i in used), places=places)
 
     def read(self, i: int, preprocess: Preprocess) -> np.ndarray:
         return decode(self.open(i), preprocess)
 
     def open(self, i: int) -> IO[bytes]:
         return io.BytesIO(self._bytes(i))
+
+    def _files(self) -> Iterator[Place]:
+        return (self.root / shard for shard in self.shards)
 
     def _hash(self, i: int) -> str:
         return sha256(self._bytes(i)).hexdigest()

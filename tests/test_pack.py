@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgeres import data
-from edgeres import pack as packs
+from edgeres import data, pixels
 from edgeres.data import ImageSet, Manifest
 from edgeres.errors import InputError, MissingDependency
 from edgeres.images import decode
 from edgeres.layouts import open_images
 from edgeres.loader import Loader
-from edgeres.pack import HEADER, MAGIC, PAGE, Pack, open_pack, write_pack
+from edgeres.pack import Pack, open_pack, write_pack
+from edgeres.pixels import HEADER, MAGIC, PAGE
 from edgeres.recipe import Preprocess
 
 SMALL = Preprocess(crop=8, resize=8, interpolation="nearest")
@@ -152,7 +152,7 @@ def test_the_encoded_bytes_of_an_image_are_not_in_a_pack(packed: Pack) -> None:
 
 def test_pages_that_were_read_are_handed_back(packed: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
     before = [packed.read(i, SMALL).copy() for i in range(100)]
-    monkeypatch.setattr(packs, "RELEASE", 500)
+    monkeypatch.setattr(pixels, "RELEASE", 500)
     for i, view in enumerate([packed.read(i, SMALL) for i in range(100)]):  # views from before outlive it
         np.testing.assert_array_equal(view, before[i])
     packed.verify()
