@@ -8,7 +8,7 @@ BASE := .venv-base/ready
 # what a device without a GPU has: the base dependencies and ONNX Runtime
 DEVICE := .venv-device/ready
 
-.PHONY: help demo test test-slow check format clean
+.PHONY: help demo test test-slow gpu-check check format clean
 
 help:                ## this list
 	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' Makefile | expand -t 14
@@ -22,6 +22,9 @@ test: $(READY) $(BASE) $(DEVICE) ## the tests
 test-slow: $(READY)  ## the tests at real sizes
 	$(BIN)/pytest -m slow
 
+gpu-check: $(if $(WHEELS),,$(READY)) ## all that takes an NVIDIA GPU, in one run; WHEELS=DIR: without network
+	@$(if $(WHEELS),$(PYTHON),$(BIN)/python) benchmarks/gpu/check.py $(if $(WHEELS),--wheels $(WHEELS))
+
 check: $(READY)      ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -32,7 +35,7 @@ format: $(READY)     ## format and fix what can be fixed
 	$(BIN)/ruff check --fix .
 
 clean:               ## remove the environments and everything built
-	rm -rf .venv .venv-base .venv-device dist engines/out .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-base .venv-device .venv-gpu dist engines/out .mypy_cache .pytest_cache .ruff_cache
 
 $(READY): pyproject.toml constraints.txt
 	@echo "setting up .venv (once)"

@@ -81,8 +81,11 @@ class Engine:
             )
         return engine
 
-    def open(self, cuda_graph: bool = False) -> Runner:
-        """Load the engine into its executor, if nothing speaks against it. ``cuda_graph`` is for TensorRT."""
+    def open(self, cuda_graph: bool = False, threads: int | None = None) -> Runner:
+        """Load the engine into its executor, if nothing speaks against it.
+
+        ``cuda_graph`` is for TensorRT, ``threads`` are what a CPU computes with, None for all its cores.
+        """
         name, options = self.record["executor"], self.record.get("options", {})
         settings: dict[str, Any] = {}
         if name in trt.EXECUTORS:
@@ -90,7 +93,7 @@ class Engine:
             self.check_gpu()
             settings = {key: options.get(key) for key in ("dla_core", "version_compatible")}
             settings["cuda_graph"] = cuda_graph
-        runner = open_runner(self.path, name, **settings)
+        runner = open_runner(self.path, name, threads, **settings)
         runner.preprocess = Preprocess.from_json(self.record["preprocess"])
         return runner
 
@@ -143,6 +146,31 @@ class Engine:
             say(f"note: {self.path.name} was built on {on['name']}; built again for this {gpu.name} it may be faster")
 
 
+@dataclass(frozen=True)
+class Typed:
+    """A typed ONNX file, as far as a build must know what is in it. A device knows that from a bundle, without onnx.
+
+    ``made``: edgeres' metadata; ``model``: digest of the FP32 model; convolutions and residual adds: how many.
+    """
+
+    path: Path
+    made: dict[str, Any]
+    model: str
+    convolutions: int
+    residuals: int
+
+    @classmethod
+    def read(cls, path: Path) -> Typed:
+        """Look into the file. `InputError` if it is not one of edgeres'."""
+        model = graph.load(path)
+        made, counts = graph.metadata(model), graph.count_ops(model)
+        if "precision" not in made:
+            raise InputError(f"{path} was not made by edgeres", hint="give the file that `edgeres quantize` wrote")
+        head = bool(made.get("dla"))  # the classifier is a convolution too
+        digest = made.get("model") or graph.digest(model)
+        return cls(path, made, digest, counts.get("Conv", 0) - head, counts.get("Add", 0))
+
+
 PORTABLE = "8.0 or later"
 """What a plan for Ampere and newer runs on, and what TensorRT-RTX builds for unless told."""
 
@@ -151,34 +179,73 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(n) for n in re.findall(r"\d+", version))
 
 
+def installed(name: str, target: Target, elsewhere: str) -> str:
+    """Version of the executor that builds for ``target`` here. Raises what keeps it from being built here.
+
+    ``elsewhere``: what to do if this machine is not of the target's kind.
+    """
+    try:
+        version = executor(target.executor).version()
+    except MissingDependency as error:
+        if target.capability is None:
+            raise
+        raise BuildError(
+            f"no engine for {name} can be built here", evidence=str(error.cause), hint=elsewhere
+        ) from error
+    found = devices.gpus()
+    if target.capability and found and found[0].capability != target.capability:
+        raise BuildError(
+            f"{name} is for compute capability {target.capability}",
+            evidence=f"{found[0].name} here has {found[0].capability}",
+            hint=elsewhere,
+        )
+    return version
+
+
+def up_to_date(folder: Path, typed: Path, version: str, target: Target) -> Engine | None:
+    """The engine in ``folder``, if it is whole, runs here, and is what `build` would make of the file ``typed``.
+
+    That is: from the same bytes, with the same ``version`` of the executor, as asked.
+    """
+    try:
+        engine = Engine.load(folder)
+        engine.check_gpu()
+        made_from, built_with = engine.record["made_from"], engine.record["built_with"]
+        found = made_from["onnx"], built_with[target.executor], engine.record.get("asked", {})
+    except (InputError, StaleError, KeyError):
+        return None
+    return engine if found == (sha256_file(typed), version, target.asked) else None
+
+
 def build(
-    typed: Path, folder: Path, target_name: str, target: Target, calibration: trt.Calibration | None = None
+    typed: Typed | Path, folder: Path, target_name: str, target: Target, calibration: trt.Calibration | None = None
 ) -> Engine:
     """Build the engine for ``typed``, an FP32, FP16 or INT8 ONNX file made by edgeres, into ``folder``.
 
     ``calibration`` is for implicit INT8.
     """
     start = time.perf_counter()
-    model = graph.load(typed)
-    made = graph.metadata(model)
-    if "precision" not in made:
-        raise InputError(f"{typed} was not made by edgeres", hint="give the file that `edgeres quantize` wrote")
+    typed = Typed.read(typed) if isinstance(typed, Path) else typed
+    made = typed.made
     tool = executor(target.executor)
     built_with = {"edgeres": edgeres.__version__, target.executor: tool.version(), "machine": platform.machine()}
     more: dict[str, Any] = {}
     if target.executor in trt.EXECUTORS:
         path = folder / "engine.plan"
-        plan, fusion = _plan(path, typed, model, target, calibration)
+        plan, fusion = _plan(path, typed, target, calibration)
         options = {k: v for k, v in asdict(plan.options).items() if k != "timing_cache"}
         more = {"asked": target.asked, "options": options, "notes": plan.notes, "on_gpu": plan.on_gpu}
         built_with |= _here()
     else:
-        with busy("look at what fuses"):
-            fusion = tool.audit(typed, made["precision"])
+        try:
+            with busy("look at what fuses"):
+                fusion = tool.audit(typed.path, made["precision"])
+        except MissingDependency as error:  # a device runs graphs without the package that looks into them
+            fusion = Fusion({}, [f"what the graph fused to was not looked at: {error.cause}"])
         path = folder / "engine.onnx"
         # optimized at load, for the CPU that is found: the portable file is the engine
         with atomic(path) as temporary:
-            shutil.copyfile(typed, temporary)
+            shutil.copyfile(typed.path, temporary)
     record = {
         "format": FORMAT,
         "file": path.name,
@@ -192,8 +259,8 @@ def build(
         **more,
         "fusion": asdict(fusion),
         "made_from": {
-            "onnx": sha256_file(typed),
-            "model": made.get("model", graph.digest(model)),
+            "onnx": sha256_file(typed.path),
+            "model": typed.model,
             **({"table": table} if (table := made.get("quantization", {}).get("table")) else {}),
         },
         "built_with": built_with,
@@ -203,16 +270,14 @@ def build(
     return Engine(path, record)
 
 
-def _plan(
-    path: Path, typed: Path, model: Any, target: Target, calibration: trt.Calibration | None
-) -> tuple[trt.Built, Fusion]:
+def _plan(path: Path, typed: Typed, target: Target, calibration: trt.Calibration | None) -> tuple[trt.Built, Fusion]:
     """Build a plan, and look at what it runs: its layers go beside it."""
     from edgeres.runners.tensorrt import TensorRt
 
-    precision = graph.metadata(model)["precision"]
+    precision = typed.made["precision"]
     asked = replace(target.build, timing_cache=cache_folder() / "timing" / f"{target.executor}.cache")
     library = trt.load_library(target.executor)
-    built = trt.build(library, typed.read_bytes(), precision, _within_memory(asked), calibration)
+    built = trt.build(library, typed.path.read_bytes(), precision, _within_memory(asked), calibration)
     with atomic(path) as temporary:
         temporary.write_bytes(built.plan)
     layers = path.with_name(engine_layers.FILE)
@@ -227,9 +292,7 @@ def _plan(
         found, times = TensorRt(target.executor).examine(path, **settings)
     except (BuildError, MissingDependency) as error:  # TensorRT-RTX also builds where there is no GPU
         return built, Fusion({}, [f"what the engine runs in was not looked at: {error.cause}"])
-    counts = graph.count_ops(model)
-    head = bool(graph.metadata(model).get("dla"))  # the classifier is a convolution too
-    numbers = {"convolutions": counts.get("Conv", 0) - head, "residuals": counts.get("Add", 0)}
+    numbers = {"convolutions": typed.convolutions, "residuals": typed.residuals}
     write_json(layers, {"sha256": sha256_file(path), "layers": found, "times_ms": times, **numbers})
     return built, audit(found, precision, times, **numbers).fusion()
 

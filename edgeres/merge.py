@@ -36,7 +36,7 @@ def merge(paths: Sequence[Path], output: Path, root: Path) -> dict[str, Any]:
         for path, record in zip(paths, records, strict=True)
     ]
     whole, first = join(rows), records[0]
-    _refuse_gaps(whole, first["images_of"])
+    refuse_gaps(whole, first["images_of"])
     if any(record["provenance"]["versions"] != first["provenance"]["versions"] for record in records):
         say("the shards ran under different versions: in one run the last digits may differ")
     budget, accepted = _budget(first, root)
@@ -106,14 +106,14 @@ def _refuse_other(first: Path, record: dict[str, Any], path: Path, other: dict[s
         )
 
 
-def _refuse_gaps(whole: Outcomes, images: int) -> None:
+def refuse_gaps(whole: Outcomes, images: int) -> None:
     """Every image of the set must have been looked at once."""
     seen = np.bincount(np.concatenate([whole.index, whole.skipped]), minlength=images)
     if wrong := np.flatnonzero(seen != 1).tolist():
         raise InputError(
             f"the outcomes do not cover the {images:,} images of the set",
             evidence=f"image {wrong[0]} is there {seen[wrong[0]]} times, {len(wrong):,} images are not there once",
-            hint="validate the shards again",
+            hint="validate again",
         )
 
 

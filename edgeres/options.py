@@ -138,6 +138,12 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
         "budget", "accepted", "--accepted", path=True, help="Budget: an earlier result.json not to fall behind."
     ),
     "shard": click.option("--shard", metavar="I/N", help="Only part I of N; `edgeres report merge` joins the parts."),
+    "ray": click.option(
+        "--ray", metavar="auto|ADDRESS", help="On all machines of a Ray cluster: host:port, ray://..., or auto."
+    ),
+    "ray-cpus": click.option(
+        "--ray-cpus", type=click.IntRange(1), help="CPUs of each worker; all of the smallest machine."
+    ),
     "seed": recipe_option(None, "seed", "--seed", type=int, help="Draws the subsets of images."),
     "like": click.option(
         "--like", metavar="NAME|PATH", help="Preprocessing: imagenet, imagenet-v2, timm, mlperf, or as an ONNX file's."

@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgeres import build, devices, graph, lineup, machine, validate, verdict
+from edgeres import build, graph, lineup, machine, validate, verdict
 from edgeres.answers import About, Answers
 from edgeres.baseline import ensure_model, preprocess_of
 from edgeres.benchmark import Plan
 from edgeres.data import ImageSet, Manifest
-from edgeres.errors import BuildError, InputError, MissingDependency, StaleError, UsageError
-from edgeres.files import sha256_file, write_json
+from edgeres.errors import InputError, StaleError, UsageError
+from edgeres.files import write_json
+from edgeres.fleet import Fleet
 from edgeres.job import BATCH, Job
 from edgeres.layouts import open_images
 from edgeres.loader import Loader
@@ -27,7 +28,7 @@ from edgeres.runners import executor, open_runner
 from edgeres.targets import Target
 from edgeres.trt.calibrator import Calibration
 from edgeres.typed import quantize_model, target_of
-from edgeres.validate import Network, Shard
+from edgeres.validate import Found, Network, Question, Shard
 from edgeres.verdict import Accepted
 
 
@@ -41,46 +42,21 @@ def run(job: Job, precisions: tuple[str, ...]) -> list[dict[str, Any]]:
 def ensure_engine(job: Job, output: Path | None = None) -> build.Engine:
     """The engine for the recipe's precision and target, with everything it is made from."""
     name, target = job.recipe.engine.target, target_of(job)
-    version = installed(name, target)  # before the minutes that the rest takes
+    there = f"`edgeres quantize --target {name}` works here; this command belongs on the device"
+    version = build.installed(name, target, there)  # before the minutes that the rest takes
     if target.executor == "tensorrt" and job.recipe.engine.tensorrt is None:
         job = job.with_engine(tensorrt=version)  # the graph is to fit the TensorRT that is here
         target = target_of(job)
     typed = quantize_model(job)
     folder = output or job.folder
-    try:
-        engine = build.Engine.load(folder)
-        engine.check_gpu()
-        made_from, built_with = engine.record["made_from"], engine.record["built_with"]
-        asked = engine.record.get("asked", {})
-        if (made_from["onnx"], built_with[target.executor], asked) == (sha256_file(typed), version, target.asked):
-            say(f"{job.show(folder)} is up to date")
-            return engine
-    except (InputError, StaleError, KeyError):
-        pass
+    if engine := build.up_to_date(folder, typed, version, target):
+        say(f"{job.show(folder)} is up to date")
+        return engine
     engine = build.build(typed, folder, name, target, calibration(job, typed, target))
     say(f"built {job.show(engine.path)}: {engine.record['size_bytes'] / 1e6:.1f} MB")
     for note in engine.record["fusion"]["notes"]:
         say(f"note: {note}")
     return engine
-
-
-def installed(name: str, target: Target) -> str:
-    """Version of the executor that builds for ``target`` here. Raises what keeps it from being built here."""
-    there = f"`edgeres quantize --target {name}` works here; this command belongs on the device"
-    try:
-        version = executor(target.executor).version()
-    except MissingDependency as error:
-        if target.capability is None:
-            raise
-        raise BuildError(f"no engine for {name} can be built here", evidence=str(error.cause), hint=there) from error
-    found = devices.gpus()
-    if target.capability and found and found[0].capability != target.capability:
-        raise BuildError(
-            f"{name} is for compute capability {target.capability}",
-            evidence=f"{found[0].name} here has {found[0].capability}",
-            hint=there,
-        )
-    return version
 
 
 def calibration(job: Job, typed: Path, target: Target) -> Calibration | None:
@@ -106,69 +82,85 @@ def validation_images(job: Job, classes: int | None = None) -> ImageSet:
     return open_images(section.images, section.labels, classes)
 
 
-def validate_engines(job: Job, engines: list[build.Engine], shard: Shard | None = None) -> list[dict[str, Any]]:
+def validate_engines(
+    job: Job, engines: list[build.Engine], shard: Shard | None = None, fleet: Fleet | None = None
+) -> list[dict[str, Any]]:
     """Engines against the FP32 baseline on the recipe's validation images -> one result each, written beside each.
 
     A run that was cut short goes on. A ``shard`` is neither timed nor judged; `merge` makes one result of all of them.
+    A ``fleet`` of machines gives the result that this one would have given, and is not timed.
     """
     fp32 = ensure_model(job)
     model = graph.load(fp32)
     record = graph.normal_form(model, fp32)
-    preprocess = preprocess_of(model)
     network = graph.digest(model)  # takes a while: once
     _refuse_other_models(job, engines, fp32, network, record["preprocess"])
     images = _images_to_judge(job, record["classes"])
-    manifest = hashed(images)
-    _refuse_overlap(job, engines, manifest)
     accepted = [_accepted(job, engine) for engine in engines]  # before the minutes that the rest takes
-    digests = {"model": network, "images": manifest.digest(), "weights": record["weights"]}
-    about = About(
-        network=network,
-        executor="onnxruntime",
-        version=executor("onnxruntime").version(),
-        preprocess=preprocess.digest(),
-        manifest=digests["images"],
-        read_by={package: version for package, version in machine.versions("pillow").items() if package != "python"},
-        images=len(images),
-        classes=record["classes"],
-        batch=BATCH,
+    calibrated = _calibrated(job, engines)
+    question = Question(
+        fp32, network, record["classes"], preprocess_of(model), engines, images, calibrated, job.skip_bad
     )
-    batches = validate.grid(about, shard)
-    root = job.root / "engines" / "out" / "answers"
-    with ExitStack() as stack:
-        keep = stack.enter_context
-        baseline = Network("the FP32 baseline", keep(open_runner(fp32, "onnxruntime")), keep(Answers(root, about)))
-        networks = [
-            Network(f"engine {e.path.parent.name}", keep(e.open()), keep(Answers(root, _about(about, e, shard))))
-            for e in engines
-        ]
-        bad = validate.answer([baseline, *networks], images, preprocess, batches, job.skip_bad)
-        rows = [validate.outcomes(baseline.answers, each.answers, images, batches) for each in networks]
-        for place in sorted({place for found in rows for place in found.skipped.tolist()}):
-            say(f"skipped {images.paths[place]}: {bad.get(place, validate.UNREADABLE)}")
-    times = lineup.run(job, engines, Plan()) if shard is None else None
+    found = fleet.find(question) if fleet else _find(job, question, shard)
+    for place in sorted({place for rows in found.rows for place in rows.skipped.tolist()}):
+        say(f"skipped {images.paths[place]}: {found.bad.get(place, validate.UNREADABLE)}")
+    times = lineup.run(job, engines, Plan()) if shard is None and fleet is None else None
+    digests = {"model": network, "images": found.digest, "weights": record["weights"]}
     results = []
-    for i, (engine, found) in enumerate(zip(engines, rows, strict=True)):
+    for i, (engine, rows) in enumerate(zip(engines, found.rows, strict=True)):
         path = engine.path.with_name(f"result-{shard.index}of{shard.of}.json" if shard else "result.json")
         result = make_result(
             job.stem,
             engine.record,
-            measured(found, images.paths.__getitem__, dict(enumerate(images.classes)).get),
-            verdict.judge(job.recipe.budget, accepted[i], found, digests["images"], whole=shard is None),
+            measured(rows, images.paths.__getitem__, dict(enumerate(images.classes)).get),
+            verdict.judge(job.recipe.budget, accepted[i], rows, digests["images"], whole=shard is None),
             [
                 {"latency_ms": lineup.of_baseline(times), "size_bytes": fp32.stat().st_size},
                 {"latency_ms": lineup.of_engine(times, engine), "size_bytes": engine.record["size_bytes"]},
             ],
-            [*(path for path, _ in images.left_out), *(images.paths[place] for place in found.skipped)],
-            {**digests, "outcomes": found.save(beside(path))},
+            [*(path for path, _ in images.left_out), *(images.paths[place] for place in rows.skipped)],
+            {**digests, "outcomes": rows.save(beside(path))},
             len(images),
             shard,
             times,
         )
+        if found.fleet:
+            result["provenance"]["fleet"] = found.fleet
         write_json(path, result)
-        networks[i].answers.remove()  # those of the baseline stay, for the next engine
         results.append(result)
+    for store in found.stores:
+        store.remove()
     return results
+
+
+def _find(job: Job, question: Question, shard: Shard | None) -> Found:
+    """Answer ``question``, or a shard of it, on this machine. Answers of the FP32 model stay, for the next engine."""
+    images = question.images
+    manifest = hashed(images)
+    question.refuse_overlap(manifest.hashes)
+    about = About(
+        network=question.network,
+        executor="onnxruntime",
+        version=executor("onnxruntime").version(),
+        preprocess=question.preprocess.digest(),
+        manifest=manifest.digest(),
+        read_by={package: version for package, version in machine.versions("pillow").items() if package != "python"},
+        images=len(images),
+        classes=question.classes,
+        batch=BATCH,
+    )
+    batches = validate.grid(len(images), BATCH, shard)
+    abouts = [about, *(_about(about, engine, shard) for engine in question.engines)]
+    root = job.root / "engines" / "out" / "answers"
+    with ExitStack() as stack:
+        keep = stack.enter_context
+        runners = [keep(open_runner(question.fp32, "onnxruntime"))]
+        runners += [keep(engine.open()) for engine in question.engines]
+        stores = [keep(Answers(root, about)) for about in abouts]
+        networks = [Network(*each) for each in zip(question.names, runners, stores, strict=True)]
+        bad = validate.answer(networks, images, question.preprocess, batches, question.skip_bad)
+        rows = [validate.outcomes(stores[0], store, images, batches) for store in stores[1:]]
+    return Found(rows, bad, about.manifest, stores=stores[1:])
 
 
 def _refuse_other_models(
@@ -211,17 +203,9 @@ def _about(baseline: About, engine: build.Engine, shard: Shard | None) -> About:
     return replace(baseline, **own, shard=str(shard) if shard else None)
 
 
-def _refuse_overlap(job: Job, engines: list[build.Engine], validation: Manifest) -> None:
-    """An engine judged on the images it was calibrated on looks better than it is."""
+def _calibrated(job: Job, engines: list[build.Engine]) -> dict[str, frozenset[str]]:
+    """The images that the engines were calibrated on: by the list's path, their SHA-256 digests."""
     # TensorRT's own calibrators make no table: their images are listed beside the graph
-    for listed in (job.manifest, *(engine.path.with_name("model.txt") for engine in engines)):
-        if not listed.is_file():
-            continue
-        calibration = Manifest.from_text(listed.read_text(encoding="utf-8", errors="surrogateescape"))
-        if shared := set(calibration.hashes) & set(validation.hashes):
-            path = next(p for p, h in zip(validation.paths, validation.hashes, strict=True) if h in shared)
-            raise InputError(
-                f"{len(shared)} validation images are calibration images too",
-                evidence=f"the first is {path}, listed in {job.show(listed)}",
-                hint="calibrate on images of the training split",
-            )
+    lists = {path for path in (job.manifest, *(e.path.with_name("model.txt") for e in engines)) if path.is_file()}
+    texts = {job.show(path): path.read_text(encoding="utf-8", errors="surrogateescape") for path in sorted(lists)}
+    return {name: frozenset(Manifest.from_text(text).hashes) for name, text in texts.items()}

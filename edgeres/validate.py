@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from edgeres.answers import HOLES, MISSING, About, Answers
+from edgeres.answers import HOLES, MISSING, Answers
+from edgeres.build import Engine
 from edgeres.data import ImageSet
 from edgeres.errors import BuildError, InputError, UsageError
 from edgeres.fidelity import decibels
@@ -109,6 +112,56 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Question:
+    """How do ``engines`` answer ``images``, beside the FP32 model at ``fp32``, whose digest is ``network``?
+
+    ``calibrated``: the lists of images that may not be among them, by what a user calls each list, as SHA-256 digests.
+    """
+
+    fp32: Path
+    network: str
+    classes: int
+    preprocess: Preprocess
+    engines: Sequence[Engine]
+    images: ImageSet
+    calibrated: Mapping[str, frozenset[str]]
+    skip_bad: bool
+
+    @property
+    def names(self) -> list[str]:
+        """What the FP32 model and each engine are called in errors."""
+        return ["the FP32 baseline", *(f"engine {engine.path.parent.name}" for engine in self.engines)]
+
+    def refuse_overlap(self, hashes: Sequence[str]) -> None:
+        """Raise `InputError` if one of the images was calibrated on: an engine judged on those looks better than it is.
+
+        ``hashes`` are the SHA-256 digests of the images, in order.
+        """
+        for listed, calibrated in self.calibrated.items():
+            if shared := [i for i, sha256 in enumerate(hashes) if sha256 in calibrated]:
+                raise InputError(
+                    f"{len(shared)} validation images are calibration images too",
+                    evidence=f"the first is {self.images.paths[shared[0]]}, listed in {listed}",
+                    hint="calibrate on images of the training split",
+                )
+
+
+@dataclass(frozen=True)
+class Found:
+    """The answer to a `Question`: ``rows`` of each engine, and why images could not be read, by place.
+
+    ``digest`` is that of the images' manifest, ``fleet`` tells of the machines that worked, if there were several.
+    ``stores`` are to be removed once results are written.
+    """
+
+    rows: list[Outcomes]
+    bad: dict[int, str]
+    digest: str
+    fleet: dict[str, Any] | None = None
+    stores: list[Answers] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Network:
     """A loaded network, what it is called in errors, and where its logits are kept."""
 
@@ -117,13 +170,13 @@ class Network:
     answers: Answers
 
 
-def grid(about: About, shard: Shard | None) -> range:
+def grid(images: int, batch: int, shard: Shard | None = None) -> range:
     """Numbers of the batches to look at. They lie alike in every run, so an image always has the same neighbours."""
-    batches = range(math.ceil(about.images / about.batch))
+    batches = range(math.ceil(images / batch))
     if shard and shard.of > len(batches):
         raise UsageError(
-            f"{about.images:,} images are too few for {shard.of} shards",
-            hint=f"they are {len(batches)} batches of {about.batch}: one shard each at most",
+            f"{images:,} images are too few for {shard.of} shards",
+            hint=f"they are {len(batches)} batches of {batch}: one shard each at most",
         )
     return batches[shard.index - 1 :: shard.of] if shard else batches
 
@@ -180,6 +233,34 @@ def outcomes(baseline: Answers, engine: Answers, images: ImageSet, batches: Sequ
     if not len(rows):
         refuse_all_bad(images.take(rows.skipped.tolist()), [(images.paths[i], UNREADABLE) for i in rows.skipped])
     return rows
+
+
+def examine(
+    question: Question, first: int, batch: int, runners: Sequence[Runner], threads: int | None = None
+) -> tuple[list[Outcomes], dict[int, str]]:
+    """Answer ``question`` with no store: rows of each engine, and unreadable images by place, and why.
+
+    Its images are some of a larger set: whole batches, the first of which begins at place ``first``. ``runners`` are
+    those of the FP32 model and of each engine. Errors are those of `answer`, except that all images may be unreadable.
+    """
+    images, preprocess = question.images, question.preprocess
+    empty = recycled((batch, 3, preprocess.crop, preprocess.crop), np.float32)
+    parts: list[list[Outcomes]] = [[] for _ in question.engines]
+    bad: dict[int, str] = {}
+    with closing(read_ahead(images, preprocess, batch, empty, normalizer(preprocess), threads)) as pieces:
+        for piece in pieces:
+            piece.accept(images, question.skip_bad)
+            unreadable = {first + i: reason for i, reason in piece.bad}
+            bad |= unreadable
+            index = first + piece.good
+            labels = None if images.labels is None else np.asarray([images.labels[i] for i in piece.good], np.int64)
+            logits = [np.empty((0, question.classes), np.float32)] * len(runners)
+            if len(index):
+                logits = [_infer(*pair, piece.rows, index) for pair in zip(question.names, runners, strict=True)]
+            for part, answers in zip(parts, logits[1:], strict=True):
+                rows = measure(logits[0], answers, labels, index)
+                part.append(replace(rows, skipped=np.asarray(list(unreadable), np.int64)))
+    return [join(part) for part in parts], bad
 
 
 def check_labels(labels: Sequence[int] | np.ndarray | None, classes: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,11 @@ LARGE = 10_000
 fewer than 3 in 10,000 (Hanley and Lippman-Hand 1983, "If nothing goes wrong, is everything all right?", JAMA 249).
 No interval of a sample reaches 0, however large it is.
 """
+
+
+def enough(allowed: float) -> int:
+    """The least number of images that show a drop within ``allowed`` points, if no right answer is lost on them."""
+    return 1 + bisect.bisect_left(range(1, LARGE), True, key=lambda n: paired(0, 0, n)[1] <= allowed)
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class Loss:
         room = abs(allowed - (best + worst) / 2)
         needed = self.images * ((worst - best) / 2 / room) ** 2 if room else math.inf
         if self.lossless and allowed >= 0:
-            needed = min(needed, LARGE)
+            needed = min(needed, enough(allowed))
         if needed > 1e9:
             return OPEN, None  # the drop seen is the budget itself: no number can be named
         magnitude = 10 ** max(0, math.floor(math.log10(needed)) - 1)

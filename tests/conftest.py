@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from edgeres import benchmark, energy, graph
+from edgeres import benchmark, energy, graph, machine
 from edgeres.calibrate import RangeTable, calibrate
 from edgeres.data import ImageSet
 from edgeres.export import export_onnx
@@ -32,12 +32,8 @@ def pytest_configure() -> None:
 
 def pytest_report_header() -> str:
     """Versions that results depend on."""
-    import onnx
-    import onnxruntime
-    import openvino
-
-    packages = (torch, onnx, onnxruntime, openvino, np)
-    return ", ".join([*(f"{p.__name__} {p.__version__}" for p in packages), f"{os.cpu_count()} cores"])
+    versions = machine.versions("torch", "onnx", "onnxruntime", "openvino", "numpy")
+    return ", ".join([*(f"{name} {version}" for name, version in versions.items()), f"{os.cpu_count()} cores"])
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 import edgeres
 from edgeres import graph, progress
-from edgeres.build import RECORD, Engine, build
+from edgeres.build import RECORD, Engine, Typed, build, up_to_date
 from edgeres.calibrate import calibrate
 from edgeres.cli import cli
 from edgeres.devices import Gpu
@@ -78,6 +78,37 @@ def test_the_record_says_what_the_engine_is(typed: dict[str, Path], tmp_path: Pa
 def test_the_engine_of_an_unquantized_file_knows_its_model(tiny_path: Path, tmp_path: Path) -> None:
     engine = build(tiny_path, tmp_path / "e", "cpu", load_target("cpu"))
     assert engine.record["made_from"]["model"] == graph.digest(graph.load(tiny_path))
+
+
+def test_an_engine_is_built_without_onnx_from_what_is_known_of_the_file(
+    typed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = Typed.read(typed["int8"])
+    assert (known.model, known.convolutions, known.residuals) == ("d" * 64, 15, 4)
+    before = build(known, tmp_path / "a", "cpu", load_target("cpu")).record
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    after = build(known, tmp_path / "b", "cpu", load_target("cpu")).record
+    assert after["fusion"] == {
+        "operators": {},
+        "notes": ["what the graph fused to was not looked at: this needs the package 'onnx'"],
+    }
+    differ = {"fusion", "build_seconds"}
+    assert {k: v for k, v in after.items() if k not in differ} == {k: v for k, v in before.items() if k not in differ}
+    with pytest.raises(MissingDependency, match="'onnx'"):
+        build(typed["int8"], tmp_path / "c", "cpu", load_target("cpu"))
+
+
+def test_an_engine_is_up_to_date_if_it_would_be_built_so_again(engine: Engine, typed: dict[str, Path]) -> None:
+    target, folder = load_target("cpu"), engine.path.parent
+    version = onnxruntime.__version__
+    found = up_to_date(folder, typed["int8"], version, target)
+    assert found is not None
+    assert found.path == engine.path
+    assert up_to_date(folder, typed["fp32"], version, target) is None
+    assert up_to_date(folder, typed["int8"], "1.0", target) is None
+    assert up_to_date(folder / "elsewhere", typed["int8"], version, target) is None
+    engine.path.write_bytes(b"changed")
+    assert up_to_date(folder, typed["int8"], version, target) is None
 
 
 def test_nothing_but_engine_and_record_is_left(engine: Engine) -> None:
@@ -320,6 +351,14 @@ def test_a_plan_is_built_without_a_gpu_and_its_record_says_how(workspace: Path, 
     again = runner.invoke(cli, command)
     assert again.exit_code == 0
     assert "tiny-int8-rtx is up to date" in again.stderr
+
+
+@rtx
+def test_a_plan_is_built_without_onnx(typed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = Typed.read(typed["fp32"])
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    engine = build(known, tmp_path / "e", "rtx", load_target("rtx"))
+    assert Engine.load(engine.path).record["made_from"] == {"onnx": sha256_file(typed["fp32"]), "model": "d" * 64}
 
 
 @rtx

@@ -19,6 +19,7 @@ from scipy import special, stats
 
 from edgeres import graph, pipeline, progress
 from edgeres.answers import MISSING, About, Answers
+from edgeres.build import Engine
 from edgeres.data import ImageSet
 from edgeres.errors import BuildError, InputError, UsageError
 from edgeres.job import Job
@@ -26,7 +27,18 @@ from edgeres.loader import Batch
 from edgeres.outcomes import Outcomes, join
 from edgeres.recipe import Preprocess, load_recipe
 from edgeres.runners import Runner
-from edgeres.validate import Comparison, Network, Shard, answer, check_labels, compare, grid, outcomes
+from edgeres.validate import (
+    Comparison,
+    Network,
+    Question,
+    Shard,
+    answer,
+    check_labels,
+    compare,
+    examine,
+    grid,
+    outcomes,
+)
 
 
 @pytest.mark.parametrize("classes", [2, 4, 5, 10, 1000])
@@ -106,16 +118,16 @@ ABOUT = About("n" * 64, "onnxruntime", "1", "p" * 64, "m" * 64, {}, images=70, c
 
 
 def test_shards_share_the_batches_of_one_grid() -> None:
-    assert list(grid(ABOUT, None)) == list(range(9))
-    assert list(grid(ABOUT, Shard(2, 4))) == [1, 5]
-    parts = [grid(ABOUT, Shard(i, 4)) for i in range(1, 5)]
+    assert list(grid(70, 8)) == list(range(9))
+    assert list(grid(70, 8, Shard(2, 4))) == [1, 5]
+    parts = [grid(70, 8, Shard(i, 4)) for i in range(1, 5)]
     assert sorted(batch for part in parts for batch in part) == list(range(9))
 
 
 def test_more_shards_than_batches_are_refused() -> None:
-    assert list(grid(ABOUT, Shard(9, 9))) == [8]
+    assert list(grid(70, 8, Shard(9, 9))) == [8]
     with pytest.raises(UsageError, match="70 images are too few for 10 shards") as caught:
-        grid(ABOUT, Shard(1, 10))
+        grid(70, 8, Shard(1, 10))
     assert "9 batches of 8" in caught.value.hint
 
 
@@ -198,7 +210,7 @@ class Run:
                     ("the FP32 baseline", f"engine {name}"), (self.baseline, self.engine), stores, strict=True
                 )
             ]
-            batches = grid(ABOUT, shard)
+            batches = grid(70, 8, shard)
             self.bad = answer(networks, images, PREPROCESS, batches, skip_bad)
             self.rows = outcomes(stores[0], stores[1], images, batches)
         self.said = console.file.getvalue()  # type: ignore[attr-defined]
@@ -329,6 +341,65 @@ def test_a_label_out_of_range_is_refused(labels: list[int], seen: str) -> None:
     assert caught.value.evidence == f"{seen}, 4 classes"
     check_labels([0, 3], 4)
     check_labels(None, 4)
+
+
+# parts of a set, in memory
+
+
+def question(images: ImageSet = IMAGES, skip_bad: bool = False, engines: int = 1) -> Question:
+    made = [Engine(Path(f"e{i}", "engine.onnx"), {}) for i in range(engines)]
+    return Question(Path("fp32.onnx"), "n" * 64, 12, PREPROCESS, made, images, {}, skip_bad)
+
+
+def pieces(
+    images: Made, places: list[range], engine: Function, skip_bad: bool = False
+) -> tuple[Outcomes, dict[int, str]]:
+    """`examine` of the images at each of ``places`` -> all rows, all that is bad."""
+    parts, bad = [], {}
+    for some in places:
+        (rows,), unreadable = examine(question(images.take(some), skip_bad), some.start, 8, [Function(), engine], 1)
+        parts.append(rows)
+        bad |= unreadable
+    return join(parts), bad
+
+
+PLACES = [range(32, 56), range(32), range(56, 64), range(64, 70)]
+
+
+@pytest.mark.parametrize("labels", [LABELS, None])
+def test_parts_of_whole_batches_give_the_rows_of_one_run(tmp_path: Path, labels: tuple[int, ...] | None) -> None:
+    images = replace(IMAGES, labels=labels)
+    rows, bad = pieces(images, PLACES, Function(worse))
+    assert bad == {}
+    assert_same(rows, Run(tmp_path, images).rows)
+
+
+def test_unreadable_images_of_parts_are_told_by_their_places_in_the_set(tmp_path: Path) -> None:
+    run = Run(tmp_path, BAD, skip_bad=True)
+    rows, bad = pieces(BAD, PLACES, Function(worse), skip_bad=True)  # of the last part every image is bad
+    assert bad == run.bad
+    assert_same(rows, run.rows)
+    with pytest.raises(InputError, match="6 unreadable images in made"):
+        pieces(BAD, PLACES[-1:], Function(worse))
+
+
+def test_every_engine_has_rows_of_its_own_and_nan_is_told_by_name_and_place(tmp_path: Path) -> None:
+    runners = [Function(), Function(), Function(worse)]
+    (same, other), _ = examine(question(engines=2), 0, 8, runners)
+    assert same.noise.sum() == 0
+    assert_same(other, Run(tmp_path).rows)
+    runners[2] = Function(lambda x: x * np.float32(np.nan))
+    with pytest.raises(BuildError, match="engine e1 computes NaN or infinity") as caught:
+        examine(question(IMAGES.take(range(48, 70)), engines=2), 48, 8, runners)
+    assert caught.value.evidence == "on 8 of 8 images, first image 48 of the set"
+
+
+def test_images_that_were_calibrated_on_are_named_with_their_list() -> None:
+    asked = replace(question(), calibrated={"a.txt": frozenset(("x",)), "b.txt": frozenset(("h3", "h5"))})
+    asked.refuse_overlap([f"g{i}" for i in range(70)])
+    with pytest.raises(InputError, match="2 validation images are calibration images too") as caught:
+        asked.refuse_overlap([f"h{i}" for i in range(70)])
+    assert caught.value.evidence == "the first is 3, listed in b.txt"
 
 
 # in memory

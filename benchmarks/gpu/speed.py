@@ -1,0 +1,218 @@
+"""All sides at one batch size, in turn, so that drift of the machine meets them all alike."""
+
+from __future__ import annotations
+
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nets
+import numpy as np
+from outcome import Skip, record_of, under_way
+from parts import PRECISIONS, TARGETS
+from plans import folder_of
+from roofline import floor_ms
+from sides import EngineSide, OrtSide, Side, TorchSide
+
+from edgeres import sensors
+from edgeres.build import RECORD
+from edgeres.errors import MissingDependency
+from edgeres.latency import doubts, interval, speedup
+
+FIRST = "PyTorch FP32"
+"""What all are compared with, if it is there."""
+CALLS = 5
+"""Per turn, clock and side: the first of them may find the GPU's caches full of the side before."""
+ROUNDS = 4
+"""At least, besides one that is not counted."""
+AGREE_DB = {"fp32": 60.0, "fp16": 40.0, "int8": 5.0}
+"""Signal to noise against the first side below which a side does not compute the same network."""
+
+Maker = Callable[[], Side]
+
+
+def makers(work: Path, pixels: np.ndarray) -> dict[str, tuple[str, Maker]]:
+    """Name -> precision, and what opens it. PyTorch in every way, then the rest."""
+
+    def pytorch(half: bool, channels_last: bool, how: str) -> Maker:
+        return lambda: TorchSide(nets.load(work, "v1.5")[0], pixels, half, channels_last, how)
+
+    def ort(precision: str) -> Maker:
+        return lambda: OrtSide(nets.onnx_file(work, "v1.5", precision), pixels)
+
+    def engine(folder: Path, graphs: bool) -> Maker:
+        return lambda: EngineSide(folder, pixels, graphs)
+
+    found: dict[str, tuple[str, Maker]] = {
+        FIRST: ("fp32", pytorch(False, False, "eager")),
+        "PyTorch FP16": ("fp16", pytorch(True, False, "eager")),
+        "PyTorch FP16, CUDA graph": ("fp16", pytorch(True, True, "graph")),
+        "PyTorch FP16, compiled": ("fp16", pytorch(True, True, "compiled")),
+        "ONNX Runtime FP32": ("fp32", ort("fp32")),
+        "ONNX Runtime FP16": ("fp16", ort("fp16")),
+    }
+    for target in TARGETS:
+        for precision in reversed(PRECISIONS):
+            folder = folder_of(work, target, "v1.5", precision)
+            if (folder / RECORD).exists():
+                for graphs, how in ((False, ""), (True, ", CUDA graph")):
+                    found[f"{target} {precision.upper()}{how}"] = precision, engine(folder, graphs)
+    return found
+
+
+def measure(
+    work: Path, batch: int, seconds: float = 0.6, most: float = 35.0, without: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Every side that opens in ``most`` seconds, for ``seconds`` each, as far as all fit ``most``.
+
+    A side of others that does not open is skipped. An engine that does not is a failure, unless it lacks a package.
+    """
+    _, model = nets.load(work, "v1.5")
+    pixels = nets.pixels(batch, model["crop"], 300)
+    before, rates = sensors.conditions(), record_of(work, "matrix and copy rates")
+    wanted = makers(work, pixels)
+    skipped = dict.fromkeys(without, "died")
+    sides: dict[str, Side] = {}
+    checks: dict[str, bool] = {}
+    try:
+        for name, (_, maker) in wanted.items():
+            if name in without:
+                continue
+            under_way(work, name)
+            try:
+                with within(most):
+                    sides[name] = opened(maker)
+            except (Skip, TimeoutError, MissingDependency) as reason:
+                skipped[name] = " ".join(str(reason).split())[:200]
+            except Exception as error:  # compilers and drivers raise whatever they like
+                skipped[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                if name.startswith(tuple(TARGETS)):
+                    checks[f"{name} opens"] = False
+        under_way(work)
+        if not sides:
+            raise Skip("nothing to compare: " + "; ".join(f"{name}: {why}" for name, why in skipped.items()))
+        times = in_turn(sides, seconds, most)
+        logits = {name: side.logits for name, side in sides.items()}
+    finally:
+        for side in sides.values():
+            side.close()
+    precisions = {name: wanted[name][0] for name in sides}
+    rows = {
+        name: {
+            "precision": precisions[name],
+            **row(found, batch, floor_ms(model["layers"], batch, precisions[name], rates)),
+        }
+        for name, found in times.items()
+    }
+    compare(rows, times)
+    after = sensors.conditions(since=before)
+    return {
+        "batch": batch,
+        "sides": rows,
+        "skipped": skipped,
+        "checks": {**checks, **agreement(logits, precisions)},
+        "conditions": {"before": before, "after": after, "warnings": sensors.changed(before, after)},
+    }
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Raise `TimeoutError` where the block is after ``seconds``: a compiler may take minutes."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"not ready after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def opened(maker: Maker) -> Side:
+    """A side that has run both clocks once."""
+    side = maker()
+    try:
+        side.compute()
+        side.whole()
+    except BaseException:
+        side.close()
+        raise
+    return side
+
+
+Times = dict[str, list[list[float]]]
+"""Clock ("compute", "whole") -> milliseconds of each call of each round."""
+
+
+def in_turn(sides: Mapping[str, Side], seconds: float, most: float) -> dict[str, Times]:
+    """Rounds in which each side has its turn, until each has worked for ``seconds``; one at least, ``most`` seconds."""
+    until = time.monotonic() + most
+    times: dict[str, Times] = {name: {"compute": [], "whole": []} for name in sides}
+    spent, rounds = dict.fromkeys(sides, 0.0), -1
+    while rounds < 1 or (time.monotonic() < until and (rounds < ROUNDS or min(spent.values()) < seconds)):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            for clock in ("compute", "whole"):
+                call = getattr(side, clock)
+                taken = [call() for _ in range(CALLS)]
+                if rounds >= 0:
+                    times[name][clock].append(taken)
+            spent[name] += (time.perf_counter() - start) * (rounds >= 0)
+        rounds += 1
+    return times
+
+
+def row(times: Times, batch: int, floor: dict[str, float]) -> dict[str, Any]:
+    """What is kept of one side. ``of_floor``: how many times the least that the GPU could take."""
+    kept: dict[str, Any] = {}
+    for clock, rounds in times.items():
+        calls = np.asarray(rounds).ravel()
+        ordered = np.sort(calls)
+        p50 = statistics.median(calls)
+        kept[clock] = {
+            "p50_ms": p50,
+            "interval_ms": interval(ordered, 500),
+            "samples": len(calls),
+            "images_per_s": 1e3 * batch / p50,
+            "warnings": doubts(calls),
+        }
+    kept["floor_ms"] = floor
+    kept["of_floor"] = kept["compute"]["p50_ms"] / floor["layers"] if floor else None
+    return kept
+
+
+def compare(rows: dict[str, dict[str, Any]], times: Mapping[str, Times]) -> None:
+    """Add how many times faster each is than the first side, and than PyTorch at its fastest, by both clocks."""
+    for clock in ("compute", "whole"):
+        medians = {name: np.asarray([statistics.median(calls) for calls in t[clock]]) for name, t in times.items()}
+        pytorch = [name for name in rows if name.startswith("PyTorch")]
+        fastest = min(pytorch, key=lambda name: rows[name][clock]["p50_ms"], default="")
+        for name, found in rows.items():
+            against = {key: side for key, side in (("first", FIRST), ("fastest_pytorch", fastest)) if side in rows}
+            found[clock]["faster"] = {key: ratio(medians[side], medians[name]) for key, side in against.items()}
+        if fastest:
+            rows[fastest][clock]["fastest_pytorch"] = True
+
+
+def ratio(first: np.ndarray, other: np.ndarray) -> dict[str, Any]:
+    """`speedup` of ``other``, over the rounds that both had."""
+    rounds = min(len(first), len(other))
+    return speedup(first[:rounds], other[:rounds])
+
+
+def agreement(logits: Mapping[str, np.ndarray], precisions: Mapping[str, str]) -> dict[str, bool]:
+    """Whether each side computes the network that the first one does: else its speed says nothing."""
+    from edgeres.fidelity import decibels, squares
+
+    first = next(iter(logits.values()))
+    return {
+        f"{name} computes the same network": decibels(*squares(first, found)) >= AGREE_DB[precisions[name]]
+        for name, found in logits.items()
+    }

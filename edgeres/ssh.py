@@ -1,0 +1,281 @@
+"""A device reached with the OpenSSH client that the user has: their keys, configuration and jump hosts.
+
+One connection a device. Its first command is the guard of device.sh, which cleans up when the connection ends, however
+it ends; every later step runs beside it on the same connection (ssh_config(5), ControlMaster), so that the user
+authenticates once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib import resources
+from pathlib import Path
+from typing import IO, Any
+
+from edgeres.errors import EdgeresError, UsageError
+
+BEAT, SILENCE = 10, 120
+"""Seconds between two signs of life, and after how many without one a device takes the connection as cut."""
+ENDING = 60
+"""Seconds that a device has to clean up before it is left to itself."""
+DENIED, UNKNOWN = "Permission denied", "Host key verification failed"
+CHANGED = "REMOTE HOST IDENTIFICATION HAS CHANGED"
+"""What ssh says when it refuses, or is refused."""
+LOST = 255
+"""Exit status of ssh where it failed itself (ssh(1))."""
+OURS = ("RequestTTY=no", "RemoteCommand=none", "ClearAllForwardings=yes", "PermitLocalCommand=no", "EscapeChar=none")
+DEFAULTS = ("ConnectTimeout=15", "ServerAliveInterval=15", "ServerAliveCountMax=3")
+"""Options of ssh, which takes the first value it sees: ours, the user's, these."""
+
+
+Process = subprocess.Popen[bytes]
+
+
+class LostConnection(EdgeresError):
+    """A device cannot be reached, or no longer."""
+
+
+class Stopped(Exception):
+    """The user wants everything to end."""
+
+
+class Device:
+    """One device. `connect`, any number of `step`, and always `close`.
+
+    ``options`` are for ssh, as its -o takes them; ``config`` is a file for its -F. ``folder``: where the socket of the
+    connection lies; its path must be short.
+    """
+
+    def __init__(self, host: str, folder: Path, options: Sequence[str] = (), config: Path | None = None) -> None:
+        self.host, self.id = host, secrets.token_hex(8)
+        ours = [*OURS, "ControlPersist=no", f"ControlPath={folder / self.id[:6]}"]
+        self._ssh = [client(), "-T", "-x", "-a", *(("-F", str(config)) if config else ()), *_options(ours)]
+        self._rest = _options([*options, *DEFAULTS])
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (it lasts as long as the connection)
+        self._guard: Process | None = None
+        self._stopped = self._connected = False
+        self._lock = threading.Lock()
+
+    def connect(self, python: str, keep: bool, ask: threading.Lock) -> dict[str, str]:
+        """Connect, take the device's lock and start the guard -> facts about the device.
+
+        Without questions first. Where one must be answered (a passphrase, an unknown host key) and there is a terminal,
+        again under ``ask``: one device at a time.
+        """
+        arguments = ("guard", str(SILENCE), python, "keep" if keep else "")
+        facts = self._connect(arguments, "BatchMode=yes")
+        if facts is None and sys.stdin is not None and sys.stdin.isatty() and _asks(self._told()):
+            with ask:
+                facts = self._connect(arguments)
+        if facts is None:
+            raise self._refused()
+        self._connected = True
+        threading.Thread(target=self._beat, daemon=True).start()
+        return facts
+
+    def _connect(self, arguments: Sequence[str], *options: str) -> dict[str, str] | None:
+        """Facts once the guard is at work; None if it did not come to that."""
+        self._errors.seek(0)
+        self._errors.truncate()
+        command = self._command(arguments, "ControlMaster=yes", *options)
+        pipe = subprocess.PIPE
+        self._guard = self._open(command, stdin=pipe, stdout=pipe, stderr=self._errors, start_new_session=bool(options))
+        facts = dict[str, str]()
+        assert self._guard.stdout
+        for line in self._guard.stdout:
+            _note(line, facts)
+            if "ready" in facts:
+                return facts
+        self._guard.wait()
+        _close_pipes(self._guard)
+        if self._stopped:
+            raise Stopped
+        return None
+
+    def step(
+        self,
+        *arguments: str,
+        stdin: IO[Any] | None = None,
+        stdout: IO[Any] | None = None,
+        live: Callable[[str], None] = lambda line: None,
+    ) -> dict[str, str]:
+        """Run a step of device.sh -> facts, or to ``stdout`` what it writes. ``live`` is given lines of its stderr.
+
+        Raises `EdgeresError` with the device's words if it fails, `LostConnection` if the connection does.
+        """
+        if self._over():
+            raise self._lost(arguments[0], [])
+        errors, facts = list[str](), dict[str, str]()
+        with tempfile.TemporaryFile() as own:
+            command = self._command(arguments, "ControlMaster=no", "BatchMode=yes")
+            running = self._open(
+                command,
+                stdin=stdin or subprocess.DEVNULL,
+                stdout=stdout or own,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+            assert running.stderr
+            with running as process:
+                for raw in running.stderr:
+                    errors.append(_clean(raw))
+                    live(errors[-1])
+                code = process.wait()
+            own.seek(0)
+            for line in own:
+                _note(line, facts)
+        if self._stopped:
+            raise Stopped
+        if code == LOST or self._over():
+            raise self._lost(arguments[0], errors)
+        if code:
+            raise failure(errors, f"{arguments[0]} ended with status {code} on the device")
+        return facts
+
+    def stop(self) -> None:
+        """End what is under way; `close` still cleans up. For another thread to call."""
+        with self._lock:
+            self._stopped = True
+            guard = self._guard
+        if guard and guard.stdin and self._connected:
+            with suppress(OSError):
+                guard.stdin.close()  # the device ends the step; ssh of a step that is killed would not let go of it
+        elif guard and guard.poll() is None:
+            guard.terminate()
+
+    def close(self) -> list[str]:
+        """Let the device clean up, end the connection -> what the user should know about that."""
+        self._errors.close()
+        guard, said = self._guard, dict[str, str]()
+        if guard is None or guard.stdin is None or guard.stdout is None or guard.stdout.closed:
+            return []
+        cut = guard.poll() is not None
+        with suppress(OSError):
+            guard.stdin.close()
+        left = list[str]()
+        timer = threading.Timer(ENDING, guard.kill)
+        timer.start()
+        for line in guard.stdout:
+            _note(line, said)
+            left += [said.pop("left")] if "left" in said else []
+        guard.wait()
+        timer.cancel()
+        _close_pipes(guard)
+        if left:
+            return [f"could not be removed from the device: {', '.join(left)}"]
+        return [] if cut or "end" in said else ["the device did not say that it has cleaned up"]
+
+    def _command(self, arguments: Sequence[str], *options: str) -> list[str]:
+        script = resources.files("edgeres").joinpath("device.sh").read_text(encoding="utf-8")
+        remote = shlex.join(["sh", "-c", script, "edgeres-deploy", self.id, *arguments])
+        return [*self._ssh, *_options(options), *self._rest, "--", self.host, f"exec {remote}"]
+
+    def _open(self, command: Sequence[str], **how: Any) -> Process:
+        with self._lock:
+            if self._stopped:
+                raise Stopped
+            return subprocess.Popen(command, **how)
+
+    def _over(self) -> bool:
+        return self._guard is None or self._guard.poll() is not None
+
+    def _beat(self) -> None:
+        assert self._guard
+        assert self._guard.stdin
+        with suppress(OSError, ValueError):  # closed: the connection has ended
+            while self._guard.poll() is None:
+                self._guard.stdin.write(b".")
+                self._guard.stdin.flush()
+                time.sleep(BEAT)
+
+    def _told(self) -> str:
+        """What ssh, and the guard, wrote to stderr."""
+        raw = os.pread(self._errors.fileno(), 1 << 16, 0)  # ssh writes on at the place where the file stands
+        return "\n".join(_clean(line) for line in raw.split(b"\n"))
+
+    def _lost(self, step: str, errors: list[str]) -> LostConnection:
+        lines = [line for line in (*errors[-3:], *self._told().splitlines()[-3:]) if line]
+        return LostConnection(
+            f"the connection was cut during {step}",
+            evidence="\n".join(dict.fromkeys(lines)),
+            hint="the device cleans up by itself; deploy again",
+        )
+
+    def _refused(self) -> EdgeresError:
+        """Why there is no connection, from what ssh says (its log.c does not translate)."""
+        told, host = self._told(), shlex.quote(self.host)
+        lines = [line for line in told.splitlines() if line.strip("@ ")]
+        if any(line.startswith("Failed: ") for line in lines):
+            return failure(lines, "")
+        cause, hint = "it cannot be reached", f"see whether `ssh {host}` works"
+        if CHANGED in told:
+            cause = "its host key is not the one that is known here"
+            hint = f"find out why; if the device was installed anew: ssh-keygen -R {host}"
+        elif UNKNOWN in told:
+            cause, hint = "its host key is not known here", f"connect once to see and accept it: ssh {host}"
+        elif DENIED in told:
+            cause, hint = "it lets you in with none of your keys", f"put your key there: ssh-copy-id {host}"
+        return LostConnection(cause, evidence="\n".join(lines[-3:]), hint=hint)
+
+
+def client() -> str:
+    """The ssh program; `EdgeresError` if there is none that keeps a connection for several commands."""
+    if sys.platform == "win32":
+        hint = "use edgeres in WSL, the Linux inside of Windows"
+        raise UsageError("ssh on Windows cannot share a connection between commands", hint=hint)
+    found = shutil.which("ssh")
+    if found is None:
+        raise EdgeresError("there is no ssh here", hint="sudo apt install openssh-client")
+    return found
+
+
+def failure(errors: Sequence[str], otherwise: str) -> EdgeresError:
+    """What edgeres (Error: ...) or device.sh (Failed: ...) said on the device, or else ``otherwise``."""
+    starts = [i for i, line in enumerate(errors) if line.startswith(("Error: ", "Failed: "))]
+    if not starts:
+        return EdgeresError(otherwise, evidence="\n".join(line for line in errors[-5:] if line))
+    before, line, after = errors[: starts[-1]], errors[starts[-1]], errors[starts[-1] + 1 :]
+    hint = next((line.removeprefix("Next: ") for line in after if line.startswith("Next: ")), "")
+    # edgeres writes evidence below the cause, indented; before device.sh says what failed, the system's tools have
+    evidence = [line.strip() for line in after if line.startswith("  ")]
+    if line.startswith("Failed: "):
+        evidence = [line for line in before if line][-3:]
+    return EdgeresError(line.partition(": ")[2], evidence="\n".join(evidence), hint=hint)
+
+
+def _close_pipes(process: Process) -> None:
+    for pipe in (process.stdin, process.stdout):
+        if pipe:
+            with suppress(OSError):
+                pipe.close()
+
+
+def _asks(told: str) -> bool:
+    """Whether ssh ended because it would have had to ask the user something."""
+    return CHANGED not in told and (DENIED in told or UNKNOWN in told)
+
+
+def _options(options: Sequence[str]) -> list[str]:
+    return [word for option in options for word in ("-o", option)]
+
+
+def _clean(line: bytes) -> str:
+    """A line of the device as text, without what would move the cursor or change colors."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|[^\x20-\U0010ffff]|\x7f", "", line.decode(errors="replace")).rstrip()
+
+
+def _note(line: bytes, facts: dict[str, str]) -> None:
+    """Take up a fact of the device; what a login shell prints is none."""
+    if found := re.fullmatch(r"edgeres (\w+)=(.*)", _clean(line)):
+        facts[found[1]] = found[2].strip()
