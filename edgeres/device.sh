@@ -202,8 +202,8 @@ selftest() {
         whole "$work" # also if it is cut short: the next one goes on in it
     fi
     case $python in "$root"/*) ;; *) export PYTHONDONTWRITEBYTECODE=1 ;; esac # it is not ours to add files to
-    # what libraries cache goes with the rest; onnxruntime would keep a number of the device there, and report it
-    ORT_DISABLE_TELEMETRY=1 XDG_CACHE_HOME="$mine/tmp" "$python" -m edgeres selftest "$bundle" --work "$root/$work" \
+    # what libraries cache goes with the rest
+    XDG_CACHE_HOME="$mine/tmp" "$python" -m edgeres selftest "$bundle" --work "$root/$work" \
         --json -o "$mine/out/result.json" "$@" < /dev/null > /dev/null
 }
 

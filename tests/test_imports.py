@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -70,3 +71,12 @@ def test_help_loads_nothing_heavy() -> None:
     done = python(sys.executable, "-c", code)
     assert done.returncode == 0, done.stderr
     assert not HEAVY & set(done.stdout.split())
+
+
+def test_onnx_runtime_reports_nothing_and_keeps_no_number_of_the_device(tmp_path: Path) -> None:
+    home = {"HOME": str(tmp_path)}  # no other variable, as it keeps silent in CI and in tests by itself
+    run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, timeout=60)
+    run([sys.executable, "-c", "import edgeres, onnxruntime"], env=home)
+    assert list(tmp_path.rglob("*")) == []
+    said = "import os, edgeres; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    assert run([sys.executable, "-c", said], env={**home, "ORT_DISABLE_TELEMETRY": "0"}).stdout == "0\n"
