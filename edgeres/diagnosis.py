@@ -66,7 +66,7 @@ class Obstacle(NamedTuple):
 def detect(facts: Facts) -> str:
     """The target that ``auto`` means here. Raises `UsageError` for a Jetson that no target is for."""
     if facts.jetson:
-        if board := _board(facts.jetson):
+        if board := board_of(facts.jetson):
             return board
         raise UsageError(
             f"no target is known for this Jetson ({facts.jetson.model or 'its model cannot be read'})",
@@ -136,7 +136,7 @@ def _jetson_problems(facts: Facts) -> Iterator[Obstacle]:
         yield Obstacle(f"{older} is of a JetPack before 5.1", "edgeres runs on JetPack 6 and newer")
     if tensorrt.version is None:
         yield Obstacle(_out_of_reach(facts, row), _install("tensorrt", facts))
-    has_dla = _board(facts.jetson) not in (None, *WITHOUT_DLA)
+    has_dla = board_of(facts.jetson) not in (None, *WITHOUT_DLA)
     if found := _of_another_jetpack(facts) or (_no_dla(facts) if has_dla and tensorrt.works else None):
         yield found
 
@@ -260,7 +260,7 @@ def _rtx_platform(facts: Facts) -> Obstacle | None:
 
 
 def _no_cores(facts: Facts) -> Obstacle | None:
-    board = _board(facts.jetson)
+    board = board_of(facts.jetson)
     if board in WITHOUT_DLA:
         return Obstacle("this Jetson has no DLA", f"--target {board}")
     return None
@@ -268,7 +268,7 @@ def _no_cores(facts: Facts) -> Obstacle | None:
 
 def _no_dla(facts: Facts) -> Obstacle | None:
     """What its documentation says, unless TensorRT itself counts cores: 11.4.1 drives those of AGX Orin alone."""
-    found, board = facts.package("tensorrt").version, _board(facts.jetson)
+    found, board = facts.package("tensorrt").version, board_of(facts.jetson)
     version = _numbers(found)
     driven = version < NO_DLA[0] or (version >= NO_DLA[1] and board == BOARDS["agx orin"])
     if facts.dla_cores or (driven and facts.dla_cores is None):
@@ -301,7 +301,7 @@ def _cuda_python(facts: Facts) -> str:
 
 def _note(name: str, target: Target, facts: Facts) -> str:
     """What to know about a target that works."""
-    version, board = facts.package("tensorrt").version, _board(facts.jetson)
+    version, board = facts.package("tensorrt").version, board_of(facts.jetson)
     major = _numbers(version)[:1]
     if target.executor == "tensorrt" and ((target.typed and major < (10,)) or (target.implicit and major >= (11,))):
         return f"with --tensorrt {version}"  # whose graph is another
@@ -316,7 +316,8 @@ def _note(name: str, target: Target, facts: Facts) -> str:
     return ""
 
 
-def _board(jetson: Jetson | None) -> str | None:
+def board_of(jetson: Jetson | None) -> str | None:
+    """The target that is for this Jetson's own GPU; None where none is known."""
     model = jetson.model.lower().replace("-", " ") if jetson else ""
     return next((target for words, target in BOARDS.items() if words in model), None)
 

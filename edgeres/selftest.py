@@ -17,7 +17,7 @@ from edgeres.benchmark import Plan
 from edgeres.build import Engine
 from edgeres.bundle import ACCEPTED, CACHE, PACK, REFERENCE, Bundle
 from edgeres.data import Manifest
-from edgeres.diagnosis import BOARDS
+from edgeres.diagnosis import board_of
 from edgeres.errors import BuildError, InputError, StaleError
 from edgeres.files import cache_folder, write_json
 from edgeres.job import BATCH
@@ -84,8 +84,7 @@ def require_fit(bundle: Bundle, target: str | None) -> str:
     elsewhere = f"test it on a device that {name} is for; `edgeres doctor` says what this one is"
     version = build.installed(name, bundle.target, elsewhere)
     jetson = devices.jetson()
-    model = jetson.model.lower().replace("-", " ") if jetson else ""
-    board = next((board for words, board in BOARDS.items() if words in model), None)
+    board = board_of(jetson)
     if jetson and board and name.startswith("jetson-") and not name.startswith(board):
         raise BuildError(f"{path} is for {name}", evidence=f"this is {board}: {jetson.model}", hint=elsewhere)
     if bundle.target.executor == "tensorrt" and bundle.manifest["precision"] != "fp32":

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgeres.devices import Jetson
 from edgeres.errors import BuildError, MissingDependency
 from edgeres.runners import cuda
 from edgeres.runners.cuda import CudaPython, PyCuda, open_cuda
@@ -253,6 +254,13 @@ def test_neither_package_names_the_extra_and_what_was_tried() -> None:
     assert error.value.hint == 'pip install "edgeres[rtx]"'
     assert "pycuda" in error.value.evidence
     assert "cuda" in error.value.evidence.splitlines()[1]
+
+
+def test_on_a_jetson_the_remedy_is_not_the_tensorrt_of_pip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeres.devices.jetson", lambda: Jetson("Jetson AGX Orin", "36.4.3", "6.2"))
+    with pytest.raises(MissingDependency) as error:
+        open_cuda("tensorrt")
+    assert error.value.hint == "PATH=/usr/local/cuda/bin:$PATH pip install pycuda"
 
 
 def test_bytes_go_to_the_device_and_back(library: Any) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from edgeres import devices
 from edgeres.errors import BuildError, MissingDependency
 
 NON_BLOCKING = 1
@@ -288,10 +289,13 @@ def open_cuda(extra: str, graphs: bool = False) -> Cuda:
             return backend()
         except ImportError as error:  # also where a package is, and the driver's library is not
             missing.append(str(error))
+    remedy = f'pip install "edgeres[{extra}]"' + (" cuda-python" if graphs else "")
+    if devices.jetson() and not graphs:  # whose TensorRT is not pip's, and whose CUDA PyCUDA is compiled against
+        remedy = "PATH=/usr/local/cuda/bin:$PATH pip install pycuda"
     raise MissingDependency(
         "CUDA graphs need the package cuda-python" if graphs else "this needs one of the packages pycuda, cuda-python",
         evidence="\n".join(missing),
-        hint=f'pip install "edgeres[{extra}]"' + (" cuda-python" if graphs else ""),
+        hint=remedy,
     )
 
 
