@@ -29,13 +29,14 @@ def _images(_ctx: click.Context, _param: click.Parameter, value: str) -> int | N
 
 
 @command(*NETWORK, *QUANTIZE, *JUDGE, "output")
+@click.argument("recipe", type=PATH, required=False)
 @click.option("--limit", metavar="N|all", default="256", callback=_images, help="Images to send along; 256.")
 @click.option("--sign", metavar="KEY", type=PATH, help="Sign with this SSH key (Ed25519), private or in an agent.")
 def bundle(show: Any, limit: int | None, sign: Path | None, output: Path | None, **options: Any) -> None:
     """What a device needs to test its engine by itself, in one file.
 
-    Typed ONNX (made on the way if missing), images, FP32's answers on them, recipe and budget: `edgeres selftest` there
-    needs nothing else. The same inputs give the same bytes.
+    Typed ONNX (made on the way if missing), images, FP32's answers on them, RECIPE (else the workspace's) and budget:
+    `edgeres selftest` there needs nothing else. The same inputs give the same bytes.
     """
     from edgeres import bundle as bundles
 

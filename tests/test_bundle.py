@@ -338,6 +338,15 @@ def test_the_command_makes_one_and_says_where(workspace: Path, tiny_path: Path) 
     assert manifest({"bundle": "a.bundle"})["images"]["count"] == 24
 
 
+def test_a_bundle_may_be_of_a_recipe(workspace: Path, tiny_path: Path) -> None:
+    toml = (workspace / "edgeres.toml").read_text(encoding="utf-8")
+    (workspace / "nine.toml").write_text(f'name = "nine"\n{toml}\n[budget]\nmax_drop = 9\n', encoding="utf-8")
+    done = CliRunner().invoke(cli, ["bundle", "nine.toml", "--model", str(tiny_path), "--precision", "fp32", "--json"])
+    assert done.exit_code == 0, done.stderr
+    value = json.loads(done.stdout)
+    assert (Path(value["bundle"]).name, value["budget"]["max_drop"]) == ("nine-fp32-cpu.bundle", 9)
+
+
 @pytest.mark.parametrize(("said", "limit"), [([], 256), (["--limit", "7"], 7), (["--limit", "all"], None)])
 def test_a_limit_is_a_number_or_all(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, said: list[str], limit: int | None
