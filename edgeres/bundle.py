@@ -25,7 +25,7 @@ from typing import Any
 
 import edgeres
 from edgeres import graph, machine, pipeline, validate
-from edgeres.answers import LOGITS, About, Answers
+from edgeres.answers import LOGITS, Answers
 from edgeres.baseline import ensure_model, preprocess_of
 from edgeres.build import Engine, Typed
 from edgeres.data import ImageSet
@@ -37,7 +37,7 @@ from edgeres.pack import Pack, write_pack
 from edgeres.progress import say
 from edgeres.ranges import hashed
 from edgeres.recipe import ON_DEVICE, Budget, Preprocess, Recipe, from_dict, read_record
-from edgeres.runners import executor, open_runner
+from edgeres.runners import open_runner
 from edgeres.sealed import Sealed, write
 from edgeres.statistics import paired, unpaired
 from edgeres.targets import Target
@@ -189,8 +189,8 @@ def _refuse_unfit(job: Job) -> None:
 def _images(job: Job, typed: Typed, fp32: Path, preprocess: Preprocess) -> ImageSet:
     """The images of the bundle; `InputError` if one was calibrated on."""
     classes = typed.made["classes"]
-    images = pipeline._images_to_judge(job, classes)
-    calibrated = pipeline._calibrated(job, [Engine(typed.path, {})])
+    images = pipeline.images_to_judge(job, classes)
+    calibrated = pipeline.calibrated_on(job, [Engine(typed.path, {})])
     question = Question(fp32, typed.model, classes, preprocess, [], images, calibrated, job.skip_bad)
     question.refuse_overlap(images.hashes())
     return images
@@ -217,17 +217,7 @@ def _portable(images: ImageSet) -> ImageSet:
 
 def _answers(job: Job, fp32: Path, typed: Typed, images: Pack, digest: str) -> Answers:
     """FP32's logits on ``images``, in the store and in the batches of a validation: so they are the same to the bit."""
-    about = About(
-        network=typed.model,
-        executor="onnxruntime",
-        version=executor("onnxruntime").version(),
-        preprocess=images.preprocess.digest(),
-        manifest=digest,
-        read_by={package: version for package, version in machine.versions("pillow").items() if package != "python"},
-        images=len(images),
-        classes=typed.made["classes"],
-        batch=BATCH,
-    )
+    about = pipeline.about_fp32(typed.model, images.preprocess, digest, len(images), typed.made["classes"])
     answers = Answers(job.root / "engines" / "out" / "answers", about)
     try:
         with open_runner(fp32, "onnxruntime") as runner:

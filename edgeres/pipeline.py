@@ -21,7 +21,7 @@ from edgeres.loader import Loader
 from edgeres.outcomes import beside
 from edgeres.progress import say
 from edgeres.ranges import calibration_images, hashed
-from edgeres.recipe import ON_DEVICE
+from edgeres.recipe import ON_DEVICE, Preprocess
 from edgeres.result import measured
 from edgeres.result import result as make_result
 from edgeres.runners import executor, open_runner
@@ -95,9 +95,9 @@ def validate_engines(
     record = graph.normal_form(model, fp32)
     network = graph.digest(model)  # takes a while: once
     _refuse_other_models(job, engines, fp32, network, record["preprocess"])
-    images = _images_to_judge(job, record["classes"])
+    images = images_to_judge(job, record["classes"])
     accepted = [_accepted(job, engine) for engine in engines]  # before the minutes that the rest takes
-    calibrated = _calibrated(job, engines)
+    calibrated = calibrated_on(job, engines)
     question = Question(
         fp32, network, record["classes"], preprocess_of(model), engines, images, calibrated, job.skip_bad
     )
@@ -138,17 +138,7 @@ def _find(job: Job, question: Question, shard: Shard | None) -> Found:
     images = question.images
     manifest = hashed(images)
     question.refuse_overlap(manifest.hashes)
-    about = About(
-        network=question.network,
-        executor="onnxruntime",
-        version=executor("onnxruntime").version(),
-        preprocess=question.preprocess.digest(),
-        manifest=manifest.digest(),
-        read_by={package: version for package, version in machine.versions("pillow").items() if package != "python"},
-        images=len(images),
-        classes=question.classes,
-        batch=BATCH,
-    )
+    about = about_fp32(question.network, question.preprocess, manifest.digest(), len(images), question.classes)
     batches = validate.grid(len(images), BATCH, shard)
     abouts = [about, *(_about(about, engine, shard) for engine in question.engines)]
     root = job.root / "engines" / "out" / "answers"
@@ -163,6 +153,21 @@ def _find(job: Job, question: Question, shard: Shard | None) -> Found:
     return Found(rows, bad, about.manifest, stores=stores[1:])
 
 
+def about_fp32(network: str, preprocess: Preprocess, manifest: str, images: int, classes: int) -> About:
+    """What the answers of the FP32 model with digest ``network`` depend on, on images with digest ``manifest``."""
+    return About(
+        network=network,
+        executor="onnxruntime",
+        version=executor("onnxruntime").version(),
+        preprocess=preprocess.digest(),
+        manifest=manifest,
+        read_by={package: version for package, version in machine.versions("pillow").items() if package != "python"},
+        images=images,
+        classes=classes,
+        batch=BATCH,
+    )
+
+
 def _refuse_other_models(
     job: Job, engines: list[build.Engine], fp32: Path, network: str, preprocess: dict[str, Any]
 ) -> None:
@@ -175,7 +180,7 @@ def _refuse_other_models(
             )
 
 
-def _images_to_judge(job: Job, classes: int) -> ImageSet:
+def images_to_judge(job: Job, classes: int) -> ImageSet:
     """The validation images as far as the recipe's limit goes, fit for a model of so many ``classes``."""
     images = validation_images(job, classes)
     if images.classes and len(images.classes) != classes:
@@ -203,7 +208,7 @@ def _about(baseline: About, engine: build.Engine, shard: Shard | None) -> About:
     return replace(baseline, **own, shard=str(shard) if shard else None)
 
 
-def _calibrated(job: Job, engines: list[build.Engine]) -> dict[str, frozenset[str]]:
+def calibrated_on(job: Job, engines: list[build.Engine]) -> dict[str, frozenset[str]]:
     """The images that the engines were calibrated on: by the list's path, their SHA-256 digests."""
     # TensorRT's own calibrators make no table: their images are listed beside the graph
     lists = {path for path in (job.manifest, *(e.path.with_name("model.txt") for e in engines)) if path.is_file()}
