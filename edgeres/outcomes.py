@@ -106,8 +106,11 @@ def measure(reference: np.ndarray, logits: np.ndarray, labels: np.ndarray | None
 def join(parts: Sequence[Outcomes]) -> Outcomes:
     """All rows of ``parts``, at least one, in the order of their places in the set."""
     columns = {f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Outcomes)}
-    skipped, order = np.sort(columns.pop("skipped")), np.argsort(columns["index"], kind="stable")
-    return Outcomes(**{name: column[order] for name, column in columns.items()}, skipped=skipped)
+    skipped, index = np.sort(columns.pop("skipped")), columns["index"]
+    if (index[1:] < index[:-1]).any():  # in order they need no second copy
+        order = np.argsort(index, kind="stable")
+        columns = {name: column[order] for name, column in columns.items()}
+    return Outcomes(**columns, skipped=skipped)
 
 
 def top5(logits: np.ndarray) -> np.ndarray:
