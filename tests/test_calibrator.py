@@ -81,7 +81,7 @@ class Device(Cuda):
         self.closed = True
         super().close()
 
-    handle = event = copy_out = record = wait = elapsed = free_bytes = None  # no calibration needs these
+    handle = event = copy_out = record = wait = finish = elapsed = free_bytes = None  # no calibration needs these
 
 
 class Bench:

@@ -322,7 +322,7 @@ def test_a_budget_that_is_not_met_is_no_failure_and_no_success(
         flags = ("--model", tiny_path, "--precision", "int8", "--target", "cpu", "--max-drop", 0)
         strict = make_bundle(tmp_path, *flags)
     seen = devices["one"].home / "env" / "seen"
-    note = f'[ "$1" != -m ] || echo "$XDG_CACHE_HOME $ORT_DISABLE_TELEMETRY $PYTHONDONTWRITEBYTECODE" > "{seen}"'
+    note = f'[ "$1" != -m ] || echo "$XDG_CACHE_HOME $PYTHONDONTWRITEBYTECODE" > "{seen}"'
     python = devices["one"].tool("python", f'{note}; exec "{PYTHON}" "$@"')
     (devices["one"].home / "env" / "bin").mkdir(parents=True)
     python.rename(devices["one"].home / "env" / "bin" / "python")
@@ -332,7 +332,7 @@ def test_a_budget_that_is_not_met_is_no_failure_and_no_success(
     assert (record["verdict"], record["met"], record["error"]) == ("NOT ENOUGH IMAGES", False, None)
     assert json.loads(Path(record["result"]).read_text())["verdict"] == "NOT ENOUGH IMAGES"
     # libraries keep no cache, onnxruntime reports nothing, and an environment that is theirs gets no files
-    assert re.fullmatch(f"{re.escape(str(devices['one'].cache))}/deploy-\\w+/tmp 1 1\n", seen.read_text())
+    assert re.fullmatch(f"{re.escape(str(devices['one'].cache))}/deploy-\\w+/tmp 1\n", seen.read_text())
 
 
 @needs_sshd
