@@ -23,7 +23,7 @@ from types import TracebackType
 import numpy as np
 
 from edgeres.errors import BuildError, InputError
-from edgeres.files import digest, read_json, write_json
+from edgeres.files import digest, read_json, temporary_name, write_json
 from edgeres.progress import say
 
 LOGITS, DONE, ABOUT = "logits.f32", "done", "about.json"
@@ -94,8 +94,7 @@ class Answers:
         return "" if known == asdict(self.about) else f"{ABOUT} is of others"
 
     def _create(self) -> None:
-        scratch = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.tmp")
-        shutil.rmtree(scratch, ignore_errors=True)
+        scratch = temporary_name(self.folder)
         scratch.mkdir(parents=True)
         try:
             for name, size in self._sizes().items():

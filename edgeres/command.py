@@ -34,11 +34,12 @@ class Failure(click.ClickException):
         self.exit_code = error.exit_code  # type: ignore[misc]
 
     def show(self, file: Any = None) -> None:
-        click.secho(f"Error: {self.error.cause}", fg="red", err=True)
-        for line in self.error.evidence.splitlines():
+        cause, evidence, hint = map(progress.printable, (self.error.cause, self.error.evidence, self.error.hint))
+        click.secho(f"Error: {cause}", fg="red", err=True)
+        for line in evidence.splitlines():
             click.echo(f"  {line}", err=True)
-        if self.error.hint:
-            click.echo(f"Next: {self.error.hint}", err=True)
+        if hint:
+            click.echo(f"Next: {hint}", err=True)
 
 
 class Commands(click.Group):
@@ -82,7 +83,9 @@ def command_of(group: click.Group, *names: str) -> Callable[[F], Any]:
                     # a pipe has no width of its own: never cut a table to guess one
                     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
                     for item in renderables:
-                        console.print(item)
+                        with console.capture() as captured:
+                            console.print(item)
+                        click.echo(progress.printable(captured.get()), nl=False)
 
             click.get_current_context().meta["json"] = as_json
             with progress.to(None if quiet else Console(stderr=True)):

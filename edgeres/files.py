@@ -6,13 +6,15 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edgeres.errors import InputError
+from edgeres.errors import InputError, UsageError
 from edgeres.remote import Place
 
 
@@ -37,11 +39,16 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def temporary_name(path: Path) -> Path:
+    """A name beside ``path`` that no other process takes, also of another machine or container on the same disk."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; it becomes ``path`` only when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         yield temporary
         os.replace(temporary, path)
@@ -83,8 +90,12 @@ def cache_folder() -> Path:
     """``EDGERES_CACHE``, or the platform's folder for caches."""
     if folder := os.environ.get("EDGERES_CACHE"):
         return Path(folder)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "edgeres" / "Cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "edgeres"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeres"
+    try:
+        if sys.platform == "win32":
+            return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "edgeres" / "Cache"
+        if sys.platform == "darwin":
+            return Path.home() / "Library" / "Caches" / "edgeres"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeres"
+    except RuntimeError as error:  # a user without a home, as in containers
+        hint = f"name a folder, such as EDGERES_CACHE={tempfile.gettempdir()}/edgeres"
+        raise UsageError("there is no folder for caches", evidence=str(error), hint=hint) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -25,10 +26,21 @@ def to(console: Console | None) -> Iterator[None]:
         _console.reset(token)
 
 
+def printable(text: str) -> str:
+    """``text`` without what would move the cursor or talk to the terminal otherwise; colors stay, and lines.
+
+    Names come from image folders, bundles and devices, and may hold anything.
+    """
+    return _CONTROL.sub("\ufffd", text)
+
+
+_CONTROL = re.compile(r"\x1b(?!\[[0-9;]*m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
 def say(message: str) -> None:
     """One line: a step taken, a fact that the user should not miss."""
     if console := _console.get():
-        console.print(message, highlight=False, markup=False, soft_wrap=True)
+        console.print(printable(message), highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from typing import IO
 
 from edgeres import signature
 from edgeres.errors import EdgeresError, InputError
-from edgeres.files import atomic, sha256_file
+from edgeres.files import atomic, sha256_file, temporary_name
 
 SUMS, SIGNATURE = "SHA256SUMS", "SHA256SUMS.sig"
 BLOCK = 512
@@ -159,7 +159,7 @@ class Sealed:
                 hint="name another folder, or remove this one",
             )
         new = [parent for parent in folder.parents if not parent.exists()]
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        temporary = temporary_name(folder)
         need = sum(member.size + 2 * PAGE for member in self.members.values())
         try:
             _clear(folder)

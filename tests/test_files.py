@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from edgeres import files
-from edgeres.errors import InputError
+from edgeres.errors import InputError, UsageError
 
 
 def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
@@ -136,3 +136,22 @@ def test_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytes
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert files.cache_folder() == tmp_path / "home" / ".cache" / "edgeres"
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(_: object) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("EDGERES_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr(Path, "home", classmethod(homeless))
+    with pytest.raises(UsageError, match="no folder for caches") as error:
+        files.cache_folder()
+    assert "EDGERES_CACHE=" in error.value.hint
+
+
+def test_temporary_names_differ_where_process_numbers_do_not(tmp_path: Path) -> None:
+    names = {files.temporary_name(tmp_path / "a.json") for _ in range(20)}
+    assert len(names) == 20
+    assert all(name.parent == tmp_path and name.match(".a.json.*.tmp") for name in names)

@@ -479,3 +479,22 @@ def test_options_that_make_no_sense_together_are_refused(workspace: Path) -> Non
         done = CliRunner().invoke(cli, ["validate", *options])
         assert done.exit_code == 2
         assert cause in done.stderr
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_a_model_in_the_current_folder_or_the_one_above(
+    here: bool, ask: Callable[[ImageSet], Question], many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question = ask(ImageSet(many, (), None))
+    monkeypatch.setattr(fleet, "_opened", {})
+    below = tmp_path / "below"
+    below.mkdir()
+    path = (below if here else tmp_path) / "tiny.onnx"
+    path.write_bytes(question.fp32.read_bytes())
+    monkeypatch.chdir(below)
+    named = replace(question, fp32=Path("tiny.onnx") if here else Path("../tiny.onnx"))
+    models = [named.fp32, *(engine.path for engine in named.engines)]
+    runners = fleet._open(named, lambda i: np.fromfile(models[i], np.uint8), 1)
+    for runner in runners:
+        runner.close()
+    assert len(runners) == 2

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,7 +164,8 @@ def end(child: subprocess.Popen[Any]) -> None:
 
 def named(code: int) -> str:
     """An exit status in words."""
-    return signal.Signals(-code).name if code < 0 else f"exit status {code}"
+    names = {each.value: each.name for each in signal.Signals}
+    return names.get(-code, f"signal {-code}") if code < 0 else f"exit status {code}"
 
 
 def tail(log: Path) -> str:
@@ -183,14 +185,14 @@ def installed(wheels: Path) -> Path:
     files = sorted(wheels.glob("*.whl"))
     if not files:
         sys.exit(f"no wheels in {wheels}")
-    site, wanted = ROOT / ".venv-gpu", [[f.name, f.stat().st_size] for f in files]
+    site, wanted = ROOT / ".venv-gpu", [sys.version, *([f.name, f.stat().st_size] for f in files)]
     mark = site / "wheels.json"
     if mark.exists() and json.loads(mark.read_text(encoding="utf-8")) == wanted:
         return site
     say(f"install {len(files)} wheels into {site}")
-    options = ["--no-index", "--no-deps", "--no-compile", "--disable-pip-version-check", "--upgrade", "--quiet"]
+    options = ["--no-index", "--no-deps", "--no-compile", "--disable-pip-version-check", "--quiet"]
     command = [sys.executable, "-m", "pip", "install", *options, "--target", str(site), *map(str, files)]
-    mark.unlink(missing_ok=True)
+    shutil.rmtree(site, ignore_errors=True)  # pip would leave what is no longer among the wheels
     if subprocess.run(command, check=False).returncode:
         sys.exit(f"the wheels in {wheels} cannot be installed; pip says above why")
     write(mark, wanted)

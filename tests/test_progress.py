@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from edgeres import progress
+from edgeres.progress import printable
+
+
+def test_names_cannot_talk_to_the_terminal() -> None:
+    assert printable("a\x1b]0;title\x07\x1b[2Jb\x9b2J\udcff") == "a\ufffd]0;title\ufffd\ufffd[2Jb\ufffd2J\ufffd"
+    assert printable("\x1b[1;31mred\x1b[0m\n\tnext") == "\x1b[1;31mred\x1b[0m\n\tnext"
+    console = Console(file=io.StringIO(), width=80)
+    with progress.to(console):
+        progress.say("skipped \x1b[2J.jpg")
+    assert console.file.getvalue() == "skipped \ufffd[2J.jpg\n"  # type: ignore[attr-defined]
