@@ -12,7 +12,7 @@ from edgeres.errors import InputError
 from edgeres.markdown import text
 from edgeres.publish import read, write_text
 from edgeres.report import Column, columns, reasons, speedup
-from edgeres.words import between, count, decibels, megabytes, milliseconds, number, probability, spread
+from edgeres.words import NONE, between, count, decibels, megabytes, milliseconds, number, probability, spread
 
 Record = dict[str, Any]
 UNKNOWN = "unknown: it is not recorded"
@@ -100,9 +100,9 @@ def _numbers(r: Record) -> Iterator[str]:
                     change,
                 )
             )
-    if ratio is not None:
-        times = f"{number(ratio)} times as fast"
-        rows.append(("p50 ms", _ms(baseline), _ms(engine), _both(times, between(faster))))
+    if engine.p50 is not None:
+        times = _both(f"{number(ratio)} times as fast", between(faster)) if ratio is not None else NONE
+        rows.append(("p50 ms", _ms(baseline), _ms(engine), times))
     if rows:
         yield _table(("", "FP32", r["precision"].upper(), "change"), rows)
         yield "95% intervals in brackets, where they were measured."
@@ -117,9 +117,17 @@ def _numbers(r: Record) -> Iterator[str]:
     machine = r["provenance"]["machine"]
     gpus = [gpu["name"] for gpu in machine.get("gpus") or []]
     where = ", ".join(
-        filter(None, [machine.get("cpu"), f"{machine['cores']} cores" if machine.get("cores") else "", *gpus])
+        filter(
+            None,
+            [
+                r["provenance"].get("host"),
+                machine.get("cpu"),
+                f"{machine['cores']} cores" if machine.get("cores") else "",
+                *gpus,
+            ],
+        )
     )
-    if ratio is not None:
+    if engine.p50 is not None:
         yield f"Measured on: {text(where or UNKNOWN)}."
 
 
@@ -222,6 +230,7 @@ def _recipe(r: Record, engine: Record | None) -> str | None:
 def _digests(r: Record) -> Iterator[str]:
     digests = dict(r["provenance"]["digests"])
     digests["weights"] = _weights(r).get("sha256")
+    digests["bundle"] = (r["provenance"].get("bundle") or {}).get("digest")
     digests["calibration (range table)"] = (r["provenance"]["quantization"] or {}).get("table")
     yield _table(("SHA-256 of", ""), [(text(key), f"`{_code(value)}`") for key, value in digests.items() if value])
 

@@ -141,6 +141,8 @@ def validate(
     from edgeres.fleet import Fleet
     from edgeres.validate import Shard
 
+    if ray == "":
+        raise UsageError("--ray names no cluster", hint="give auto, or host:port; an unset variable may be behind this")
     if ray_cpus and not ray:
         raise UsageError("--ray-cpus is for a Ray cluster", hint="name it with --ray")
     if ray and shard:

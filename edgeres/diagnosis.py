@@ -155,7 +155,9 @@ def _to_build(target: Target, facts: Facts) -> Obstacle | None:
         found = _rtx_platform(facts) or _library(target.executor, facts)
     else:
         found = _needs(target.executor, facts)
-    return found or _needs("onnx", facts)
+    if found is None and (found := _needs("onnx", facts)):
+        found = found._replace(remedy=f"{found.remedy}; `edgeres selftest` builds from a bundle without it")
+    return found
 
 
 def _to_run(target: Target, facts: Facts) -> Obstacle | None:

@@ -50,10 +50,11 @@ def groups(results: list[Record]) -> list[list[Record]]:
     return list(found.values())
 
 
-def columns(results: list[Record]) -> list[Column]:
-    """Every baseline once, before the engines that were compared with it."""
+def columns(results: list[Record], among: list[Record] | None = None) -> list[Column]:
+    """Every baseline once, before the engines that were compared with it; names are those ``among`` more results."""
     several = len({r["model"] for r in results}) > 1
-    named = {id(r): name for r, name in zip(results, labels(results), strict=True)}
+    among = among or results
+    named = {id(r): name for r, name in zip(among, labels(among), strict=True)}
     css = {id(r): color for r, color in zip(results, colors([r["precision"].upper() for r in results]), strict=True)}
     out = list[Column]()
     for group in groups(results):
@@ -77,6 +78,9 @@ def labels(results: list[Record]) -> list[str]:
     for key in ("target", "model", "name"):
         if len({r[key] for r in results}) > 1 and (key != "name" or len(set(names)) < len(names)):
             names = [f"{name} {r[key]}" for name, r in zip(names, results, strict=True)]
+    if len(set(names)) < len(names):  # one engine on several devices
+        hosts = [r["provenance"].get("host") for r in results]
+        names = [f"{name} {host}" if host else name for name, host in zip(names, hosts, strict=True)]
     return [f"{name} ({names[: i + 1].count(name)})" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
@@ -95,16 +99,16 @@ def shown(results: list[Record]) -> list[Table | Text]:
     """What the terminal shows: a table for each baseline, intervals where there are any, verdicts and notes."""
     out: list[Table | Text] = []
     for group in groups(results):
-        more = intervals(group)
-        out += [table(group), *([more] if more else [])]
+        more = intervals(group, results)
+        out += [table(group, results), *([more] if more else [])]
     return [*out, *verdicts(results)]
 
 
-def table(results: list[Record]) -> Table:
-    """One row for the FP32 baseline, one per engine. Fits 80 columns."""
+def table(results: list[Record], among: list[Record] | None = None) -> Table:
+    """One row for the FP32 baseline, one per engine, named as `columns` does. Fits 80 columns."""
     first = results[0]
     rows = [["", "top-1 %", "drop", "95% interval", "agree %", "SQNR", "MB", "p50 ms", "p99 ms"]]
-    for c in columns(results):
+    for c in columns(results, among):
         r, drop = c.record, c.record["drop"]
         middle = [""] * 4
         if c.engine:
@@ -119,11 +123,11 @@ def table(results: list[Record]) -> Table:
     return _table(f"{first['model']} on {where}, {first['images']:,} images", rows)
 
 
-def intervals(results: list[Record]) -> Table | None:
+def intervals(results: list[Record], among: list[Record] | None = None) -> Table | None:
     """The 95% intervals of the numbers above, and the speed-up; None if the results hold none. Fits 80 columns."""
     headings = ["95% intervals", "top-1 %", "top-5 %", "p50 ms", "faster", ""]
     rows = [headings]
-    for c in columns(results):
+    for c in columns(results, among):
         ratio, ends = speedup(c.record) if c.engine else (None, None)
         accuracy = [_ends(c.side.get(f"{key}_interval")) for key in ("top1", "top5")]
         faster = [f"{ratio:.2f}x" if ratio and ends else "", _ends(ends)]
@@ -162,10 +166,22 @@ def verdicts(results: list[Record]) -> list[Text]:
         if r["shard"]:
             part = f"shard {r['shard']['index']} of {r['shard']['of']}, {r['images']:,} of {r['images_of']:,} images"
             lines.append(Text(f"{name} note: {part}; `edgeres report merge` makes one result of all"))
+        if doubts := unstable(r):
+            lines.append(Text(f"{name} latency is not stable: {'; '.join(doubts)}", style="yellow"))
         lines += [Text(f"{name} note: {note}") for note in r["notes"]]
         if r["skipped"]:
             lines.append(Text(f"{name} note: {len(r['skipped'])} unreadable images left out"))
     return lines
+
+
+def unstable(r: Record) -> list[str]:
+    """What makes the latency of a result doubtful, of FP32 or of the engine; empty if it was measured and is steady."""
+    sides = [Column("", "", r, r[key], key == "engine") for key in ("baseline", "engine")]
+    runners = {c.side["name"]: c.runner for c in sides if c.runner and not c.runner["stable"]}
+    if not runners:
+        return []
+    own = [f"{name}: {warning}" for name, runner in runners.items() for warning in runner["warnings"]]
+    return own + list((r["latency"] or {})["conditions"]["warnings"])
 
 
 class Check(NamedTuple):

@@ -67,7 +67,7 @@ def write(path: Path, members: Mapping[str, Path | bytes], sign_with: Path | Non
         raise InputError(f"cannot write {path}", evidence=f"{len(members)} members are too many", hint="give fewer")
     first: dict[str, bytes] = {SUMS: sums} | ({SIGNATURE: signature.sign(sums, sign_with)} if sign_with else {})
     need = sum(size + 2 * BLOCK for size in sizes.values()) + len(sums) + 10 * BLOCK
-    with _room(path.parent, need, "write an archive"), atomic(path) as temporary, open(temporary, "wb") as out:
+    with _room(path.parent, need, "write a bundle"), atomic(path) as temporary, open(temporary, "wb") as out:
         for name, source in (first | dict(members)).items():
             size = len(source) if isinstance(source, bytes) else sizes[name]
             out.write(_header(name, size))
@@ -239,7 +239,10 @@ def _clear(folder: Path) -> None:
 @contextmanager
 def _room(folder: Path, need: int, to: str) -> Iterator[None]:
     """`EdgeresError` unless ``folder`` has ``need`` bytes of room, and if it runs out of it nevertheless."""
-    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        evidence = f"{there} is a file" if not there.is_dir() else f"{there} cannot be written"
+        raise EdgeresError(f"cannot {to} in {folder}", evidence=evidence, hint="name another folder")
     cause, hint = f"no room to {to} in {folder}", "make room there, or name a folder on another disk"
     if (free := shutil.disk_usage(there).free) < need:
         raise EdgeresError(cause, evidence=f"it takes {need:,} bytes, {free:,} are free", hint=hint)
@@ -281,7 +284,7 @@ def _walk(file: IO[bytes], path: Path) -> Iterator[tuple[str, int, int]]:
     at = file.seek(0)
     while (head := file.read(BLOCK)) != bytes(BLOCK) or at == 0:
         if at == 0 and (head[257:263] != b"ustar\0" or head[:100] != SUMS.encode().ljust(100, b"\0")):
-            raise _refusal(path, f"it does not begin with {SUMS}", "is not a sealed archive")
+            raise _refusal(path, f"it does not begin with {SUMS}", "is not a bundle")
         if len(head) < BLOCK:
             raise _refusal(path, f"no end after {end:,} bytes", "was cut short")
         name, digits = head[:100].rstrip(b"\0").decode("latin-1"), head[124:136]

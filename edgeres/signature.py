@@ -90,6 +90,8 @@ def public_keys(path: Path) -> list[bytes]:
         if not keys or any(_strings(key)[0] != line[0] for key, line in zip(keys, lines, strict=True)):
             raise ValueError("no line begins with a type of key and that key")
     except (ValueError, IndexError) as error:
+        if isinstance(error, IndexError):
+            error = ValueError("a line has fewer than two words")
         hint = "give the .pub file of the signer; in an allowed_signers file, leave out the names before each key"
         raise InputError(f"{path} is not a file of public keys", evidence=str(error), hint=hint) from error
     return keys

@@ -15,6 +15,7 @@ from edgeres.card import card
 from edgeres.cli import cli
 from edgeres.files import write_json
 from edgeres.recipe import Preprocess, Recipe, from_dict
+from edgeres.words import NONE
 
 ENGINE = {"sha256": SHA["int8"], "classes": 10, "executor": "onnxruntime", "io": "uint8", "kept_fp32": ["conv1", "fc"]}
 
@@ -161,3 +162,16 @@ def test_an_accepted_result_has_a_card(path: Path) -> None:
     document = card(r)
     assert recipe(document).model.variant in r["model"]
     assert "of 10 classes lost images beyond chance" in document
+
+
+def test_a_card_of_a_device_has_what_the_device_measured() -> None:
+    r = record()
+    r["baseline"]["latency_ms"] = None
+    r["latency"] = {**r["latency"], "runners": {"INT8": r["latency"]["runners"]["INT8"]}, "speedup": {}}
+    r["provenance"] |= {"host": "orin", "bundle": {"digest": "b" * 64, "signer": None}}
+    document = card(r)
+    (row,) = [line for line in document.splitlines() if line.startswith("| p50 ms")]
+    assert row.split("|")[2].strip() == NONE
+    assert row.split("|")[3].strip() not in ("", NONE)
+    assert "Measured on: orin, " in document
+    assert "b" * 64 in document

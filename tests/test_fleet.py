@@ -473,6 +473,7 @@ def test_one_part_that_is_missing_or_there_twice_is_noticed(ask: Callable[[Image
 
 def test_options_that_make_no_sense_together_are_refused(workspace: Path) -> None:
     for options, cause in (
+        (["--ray", ""], "--ray names no cluster"),
         (["--ray-cpus", "2"], "--ray-cpus is for a Ray cluster"),
         (["--ray", "auto", "--shard", "1/2"], "--shard and --ray do not go together"),
     ):

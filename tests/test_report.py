@@ -259,3 +259,23 @@ def test_one_missed_budget_is_a_missed_budget() -> None:
     assert met([good, free])
     assert not met([good, bad])
     assert met([])
+
+
+def test_one_engine_on_several_devices_is_named_by_them_in_tables_and_verdicts() -> None:
+    devices = [bare(), bare(), bare(images=500)]
+    for r, host in zip(devices, ("me@orin-1", "orin-2", "orin-3"), strict=True):
+        r["provenance"]["host"] = host
+    assert labels(devices) == ["INT8 me@orin-1", "INT8 orin-2", "INT8 orin-3"]
+    assert labels(devices[:1]) == ["INT8"]
+    rows = [line for item in shown(devices) if not isinstance(item, Text) for line in lines(item)]
+    named = [line.split()[1] for line in rows if line.startswith("INT8")]
+    assert sorted(set(named)) == ["me@orin-1", "orin-2", "orin-3"], "two tables, and no row is plain INT8"
+    assert [line.split(":")[0] for line in plain(verdicts(devices))][:1] == ["INT8 me@orin-1 PASS"]
+
+
+def test_a_latency_that_is_not_stable_says_so_and_why() -> None:
+    r = record()
+    assert not any("stable" in line for line in plain(verdicts([r])))
+    r["latency"]["runners"]["INT8"] |= {"stable": False, "warnings": ["times scatter"]}
+    r["latency"]["conditions"]["warnings"] = ["clocks changed"]
+    assert "INT8 latency is not stable: INT8: times scatter; clocks changed" in plain(verdicts([r]))

@@ -194,12 +194,12 @@ def test_other_files_are_no_archives(tmp_path: Path, box: Path) -> None:
     other = tmp_path / "other.tar"
     with tarfile.open(other, "w") as archive:
         archive.add(box, "a.bundle")
-    assert "is not a sealed archive" in refused(other).cause
+    assert "is not a bundle" in refused(other).cause
     other.write_bytes(b"")
-    assert "is not a sealed archive" in refused(other).cause
+    assert "is not a bundle" in refused(other).cause
     for data in (b"PK\x03\x04" * 1000, bytes(1024), bytes(10240)):
         other.write_bytes(data)
-        assert "is not a sealed archive" in refused(other).cause
+        assert "is not a bundle" in refused(other).cause
     for path in (tmp_path / "absent", tmp_path):
         with pytest.raises(InputError, match="cannot read"):
             Sealed.open(path)
