@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -29,11 +30,11 @@ from edgeres.answers import LOGITS, Answers
 from edgeres.baseline import ensure_model, preprocess_of
 from edgeres.build import Engine, Typed
 from edgeres.data import ImageSet
-from edgeres.errors import InputError, UsageError
+from edgeres.errors import InputError, StaleError, UsageError
 from edgeres.files import to_json
 from edgeres.job import BATCH, Job
 from edgeres.outcomes import beside
-from edgeres.pack import Pack, write_pack
+from edgeres.pack import Pack, open_pack, write_pack
 from edgeres.progress import say
 from edgeres.ranges import hashed
 from edgeres.recipe import ON_DEVICE, Budget, Preprocess, Recipe, from_dict, read_record
@@ -51,6 +52,10 @@ MANIFEST, MODEL, CACHE, PACK, REFERENCE = "manifest.json", "model.onnx", "model.
 RECIPE, TARGET, LABELS, LICENSES, ACCEPTED = "recipe.json", "target.toml", "labels.txt", "LICENSES.txt", "accepted.json"
 IMAGES = 256
 """In a bundle, unless told otherwise: a self-test takes seconds."""
+TEXT = 16 << 20
+"""Bytes of a member that is read whole and parsed, at most."""
+MOST = 4096
+"""Images of the typed model's fixed batch, at most: a self-test holds them in memory."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,10 @@ class Bundle:
         hint = "give the file that `edgeres bundle` wrote"
         if missing := [n for n in (MANIFEST, MODEL, PACK, REFERENCE, TARGET) if n not in sealed.members]:
             raise InputError(f"{path} is no bundle", evidence=f"it holds no {', '.join(missing)}", hint=hint)
+        for name in (MANIFEST, TARGET, CACHE, ACCEPTED):
+            if name in sealed.members and (size := sealed.members[name].size) > TEXT:
+                evidence = f"{name} has {size:,} bytes, of at most {TEXT:,}"
+                raise InputError(f"{path} is no bundle", evidence=evidence, hint=hint)
         try:
             record = json.loads(sealed.read(MANIFEST))
             if record["format"] != FORMAT:
@@ -81,14 +90,9 @@ class Bundle:
             target = read_record(Target, sealed.read(TARGET).decode(), f"{TARGET} of {path}")
             target = replace(target, tensorrt=record["tensorrt"], build=from_dict(Options, record["build"]))
             Preprocess.from_json(record["typed"]["preprocess"])
-            for key, kind in KEYS:
-                value = record
-                for part in key.split("."):
-                    value = value[part]
-                if not isinstance(value, kind):
-                    raise TypeError(f"{key} is {value!r}")
+            _check(record)
             budget = from_dict(Budget, record["budget"])
-        except (AttributeError, KeyError, TypeError, ValueError, UsageError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError, UsageError) as error:
             what = f"{type(error).__name__}: {error}"
             raise InputError(f"{path} has a damaged {MANIFEST}", evidence=what, hint=hint) from error
         return cls(sealed, record, target, budget)
@@ -105,9 +109,36 @@ KEYS = (
     *((key, int) for key in ("typed.classes", "graph.convolutions", "graph.residuals", "model.size_bytes")),
     *((key, int) for key in ("images.count", "images.asked", "images.of")),
     *((key, dict) for key in ("made_with", "typed", "reference")),
-    ("images.left_out", list),
+    ("images.set", str),
+    *((key, list) for key in ("images.skipped", "images.left_out")),
 )
 """What a manifest must have."""
+TYPED = (
+    *((key, dict) for key in ("typed.quantization", "typed.chosen", "typed.layers", "typed.weights")),
+    *((key, int) for key in ("typed.batch", "typed.depth", "typed.quantization.weight_bits")),
+    *((key, list) for key in ("typed.ranges", "typed.kept_fp32")),
+    ("typed.variant", str),
+)
+"""What it may have."""
+
+
+def _check(record: dict[str, Any]) -> None:
+    """Raise unless what a self-test takes from a manifest is of its kind."""
+    for keys, optional in ((KEYS, False), (TYPED, True)):
+        for key, kind in keys:
+            value: Any = record
+            for part in key.split("."):
+                value = (value or {}).get(part) if optional else value[part]
+            wrong = type(value) is not kind or (isinstance(value, int) and not 0 <= value < 2**63)
+            if wrong and not (optional and value is None):
+                raise TypeError(f"{key} is {str(value)[:80]!r}")
+    if (batch := record["typed"].get("batch")) is not None and not 1 <= batch <= MOST:
+        raise ValueError(f"typed.batch is {batch}, not from 1 to {MOST:,}")
+    asked, skipped = record["images"]["asked"], record["images"]["skipped"]
+    if set(map(type, skipped)) - {int} or set(map(type, record["images"]["left_out"])) - {str}:
+        raise TypeError("images.skipped has other than places, or images.left_out other than names")
+    if skipped != sorted({i for i in skipped if 0 <= i < asked}) or record["images"]["count"] != asked - len(skipped):
+        raise ValueError(f"images.count and images.skipped are not of {asked:,} images")
 
 
 def make(
@@ -126,42 +157,52 @@ def make(
     fp32 = ensure_model(job)
     preprocess = preprocess_of(graph.load(fp32))
     images, accepted = _images(job, typed, fp32, preprocess), _accepted(job)
-    pack = typed.path.with_name(PACK)  # there, one that was interrupted is continued
-    packed = write_pack(_portable(images), preprocess, pack, skip_bad=job.skip_bad)
-    digest = hashed(packed).digest()
-    with _answers(job, fp32, typed, packed, digest) as answers:
-        top1 = _top1(answers, packed)
-    record = {
-        "format": FORMAT,
-        "name": job.stem,
-        "target": job.recipe.engine.target,
-        "precision": job.recipe.engine.precision,
-        "tensorrt": target_of(job).tensorrt,
-        "build": target_of(job).asked,
-        "made_with": {"edgeres": edgeres.__version__},
-        "typed": typed.made,
-        "graph": {"convolutions": typed.convolutions, "residuals": typed.residuals},
-        "model": {"digest": typed.model, "size_bytes": fp32.stat().st_size},
-        "images": {
-            "count": len(packed),
-            "asked": len(images),
-            "of": whole,
-            "digest": digest,
-            "left_out": [Path(p).name if os.path.isabs(p) else p for p, _ in (*images.left_out, *packed.left_out)],
-        },
-        "budget": {**asdict(job.recipe.budget), "accepted": ACCEPTED if accepted else None},
-        "reference": machine.versions("numpy", "onnxruntime", "pillow"),
-    }
-    files = {PACK: pack, REFERENCE: answers.folder / LOGITS}
-    members = _members(job, typed, packed, files, record, accepted)
-    path = output or job.folder.with_name(f"{job.folder.name}.bundle")
-    sealed = write(path, members, sign_with)
-    signer = Sealed.open(path).signer
-    size = path.stat().st_size
-    pack.unlink()
+    with _alone(typed.path.parent):
+        pack = typed.path.with_name(PACK)  # there, one that was interrupted is continued
+        images = _portable(images)
+        packed = write_pack(images, preprocess, pack, skip_bad=job.skip_bad)
+        digest = hashed(packed).digest()
+        bad = {path for path, _ in packed.skipped}
+        skipped = [i for i, path in enumerate(images.paths) if path in bad]
+        asked = hashed(images).digest() if skipped else digest
+        with _answers(job, fp32, typed, packed, digest) as answers:
+            top1 = _top1(answers, packed)
+        record = {
+            "format": FORMAT,
+            "name": job.stem,
+            "target": job.recipe.engine.target,
+            "precision": job.recipe.engine.precision,
+            "tensorrt": target_of(job).tensorrt,
+            "build": target_of(job).asked,
+            "made_with": {"edgeres": edgeres.__version__},
+            "typed": typed.made,
+            "graph": {"convolutions": typed.convolutions, "residuals": typed.residuals},
+            "model": {"digest": typed.model, "size_bytes": fp32.stat().st_size},
+            "images": {
+                "count": len(packed),
+                "asked": len(images),
+                "of": whole,
+                "digest": digest,
+                "set": asked,
+                "skipped": skipped,
+                "left_out": [Path(p).name if os.path.isabs(p) else p for p, _ in (*images.left_out, *packed.left_out)],
+            },
+            "budget": {**asdict(job.recipe.budget), "accepted": ACCEPTED if accepted else None},
+            "reference": machine.versions("numpy", "onnxruntime", "pillow"),
+        }
+        files = {PACK: pack, REFERENCE: answers.folder / LOGITS}
+        members = _members(job, typed, packed, files, record, accepted)
+        if open_pack(pack) != packed:
+            hint = "make the bundle again, with no other process that makes one in this folder"
+            raise StaleError(f"{job.show(pack)} changed while the bundle was made", hint=hint)
+        path = output or job.folder.with_name(f"{job.folder.name}.bundle")
+        sealed = write(path, members, sign_with)
+        signer = Sealed.open(path).signer
+        size = path.stat().st_size
+        pack.unlink(missing_ok=True)
     say(f"wrote {job.show(path)}: {len(packed):,} of {whole:,} images, {size / 1e6:.1f} MB")
     say(f"digest {sealed}{f', signed by {signer}' if signer else ', not signed'}")
-    notes = list(shows(job.recipe.budget, accepted, len(packed), whole, top1, digest))
+    notes = list(shows(job.recipe.budget, accepted, len(packed), whole, top1, asked))
     for note in notes:
         say(f"note: {note}")
     return {
@@ -174,6 +215,28 @@ def make(
         "budget": record["budget"],
         "notes": notes,
     }
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process makes a bundle in ``folder``, as far as the system has locks of folders."""
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another process makes a bundle in {folder}: wait for it")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:  # on some network file systems; `make` still refuses a pack that another process wrote
+            pass
+        yield
+    finally:
+        os.close(handle)  # and with it the lock
 
 
 def _refuse_unfit(job: Job) -> None:
@@ -309,7 +372,7 @@ def shows(
 ) -> Iterator[str]:
     """What a self-test on so many ``images`` of the ``whole`` set can show, a sentence each.
 
-    ``top1``: FP32's on them in percent, None without labels. ``digest``: of the images.
+    ``top1``: FP32's on them in percent, None without labels. ``digest``: of the images that were asked for.
     """
     if top1 is None:
         yield "the images have no labels: no budget can be judged on them"

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from itertools import chain
 from math import ceil
 from pathlib import Path
 from typing import IO, Any
@@ -115,10 +116,15 @@ def _from_metadata(pixels: Pixels, text: bytes) -> Pack:
             rows=range(count),
             pixels=pixels,
         )
-    except (KeyError, TypeError, ValueError, EdgeresError) as error:
+        shape = record["shape"]
+        texts = chain(pack.paths, pack.classes, pack.sha256, *pack.skipped, (pack.made_from, pack.pixels_sha256))
+        if set(map(type, texts)) != {str} or set(map(type, pack.labels or ())) - {int}:
+            raise TypeError("a name or a digest is no text, or a label is no integer")
+    except (KeyError, TypeError, ValueError, RecursionError, EdgeresError) as error:
         raise damaged(path, "has unusable metadata", f"{type(error).__name__}: {error}") from error
-    lengths = {len(part) for part in (pack.paths, pack.sha256, pack.rows, pack.labels or pack.rows)}
-    if record["shape"] != [count, crop, crop, 3] or len(lengths) > 1 or pack.preprocess.crop != crop:
+    lengths = {len(part) for part in (pack.paths, pack.sha256, pack.rows)}
+    lengths |= set() if pack.labels is None else {len(pack.labels)}
+    if shape != [count, crop, crop, 3] or len(lengths) > 1 or pack.preprocess.crop != crop:
         raise damaged(path, "has unusable metadata", "its parts are not about the same images")
     return pack
 

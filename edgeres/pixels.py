@@ -71,7 +71,8 @@ class Header(NamedTuple):
                 f"{path} is a pack of version {version}, this edgeres reads {VERSION}",
                 hint="pack the images again, or use the edgeres that made it",
             )
-        if sha256(page[:-32]).digest() != page[-32:] or count < 1 or start != PAGE + count * crop * crop * 3:
+        pixels = count * crop * crop * 3
+        if sha256(page[:-32]).digest() != page[-32:] or not pixels or start != PAGE + pixels:
             raise damaged(path, "has a damaged header", "it does not match its own digest")
         if size != start + length:
             what = "was cut short" if size < start + length else "has bytes after its end"

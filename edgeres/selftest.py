@@ -25,7 +25,7 @@ from edgeres.latency import in_short
 from edgeres.outcomes import Outcomes, beside, join, measure
 from edgeres.pack import Pack, open_pack
 from edgeres.progress import say
-from edgeres.recipe import Preprocess, at_least
+from edgeres.recipe import Preprocess
 from edgeres.result import measured
 from edgeres.result import result as make_result
 from edgeres.runners import Runner
@@ -51,7 +51,7 @@ def run(
     work folder keeps what can be used again: the files, the engine, answers of a test that was cut short. ``seconds``:
     that the engine works for its latency, at least.
     """
-    at_least("seconds to measure", seconds, 0)
+    plan = Plan((1,), seconds=seconds)
     bundle = Bundle.open(path, signed_by)
     version = require_fit(bundle, target)
     folder = work or cache_folder() / "bundles" / bundle.sealed.digest[:16]
@@ -65,9 +65,9 @@ def run(
     engine = ensure_engine(bundle, files, folder / "engine", version)
     with engine.open() as runner, Answers(folder / "answers", _about(engine, version, images, reference)) as answers:
         rows = _replay(Network("the engine", runner, answers), images, reference)
-        times = _measure(bundle, engine, runner, seconds)
+        times = _measure(bundle, engine, runner, plan)
     output = output or folder / "result.json"
-    record = _result(bundle, engine, images, rows, times, accepted, output)
+    record = _result(bundle, engine, images, reference, rows, times, accepted, output)
     write_json(output, record)
     answers.remove()
     say(f"wrote {output}")
@@ -99,7 +99,10 @@ def require_fit(bundle: Bundle, target: str | None) -> str:
 
 
 class Reference:
-    """FP32's logits as they came: float32 (images, classes), read in pieces, so that memory does not grow with them."""
+    """FP32's logits as they came: float32 (images, classes), read in pieces, so that memory does not grow with them.
+
+    ``places`` int64 (images,) and ``skipped``: where in the set that was asked for the images are, and the unreadable.
+    """
 
     def __init__(self, path: Path, bundle: Bundle, images: Pack) -> None:
         self.path, self.classes = path, int(bundle.manifest["typed"]["classes"])
@@ -112,10 +115,14 @@ class Reference:
             wrong = "the images are not those of the manifest"
         elif images.preprocess != Preprocess.from_json(made["typed"]["preprocess"]):
             wrong = "the images are prepared for another model"
+        elif len(images) != made["images"]["count"]:
+            wrong = f"the pack has {len(images):,} images, and the manifest {made['images']['count']:,}"
         if wrong:
             cause = f"what {bundle.sealed.path} holds does not belong together"
             raise InputError(cause, evidence=wrong, hint="make the bundle again: `edgeres bundle`")
         self.digest = digest
+        self.skipped = np.asarray(made["images"]["skipped"], np.int64)
+        self.places = np.delete(np.arange(made["images"]["asked"]), self.skipped)
         validate.check_labels(images.labels, self.classes)
 
     def read(self, places: range) -> np.ndarray:
@@ -135,7 +142,11 @@ def ensure_engine(bundle: Bundle, files: Path, folder: Path, version: str) -> En
         return engine
     calibration = None
     if (cache := files / CACHE).is_file():
-        calibration = Calibration(cache=cache.read_text(encoding="utf-8"))
+        try:
+            calibration = Calibration(cache=cache.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            cause = f"{CACHE} of {bundle.sealed.path} is no calibration cache"
+            raise InputError(cause, evidence=str(error), hint="make the bundle again: `edgeres bundle`") from error
     engine = build.build(typed, folder, bundle.manifest["target"], target, calibration)
     say(f"built {engine.path}: {engine.record['size_bytes'] / 1e6:.1f} MB")
     return engine
@@ -157,7 +168,7 @@ def _about(engine: Engine, version: str, images: Pack, reference: Reference) -> 
 
 
 def _replay(network: Network, images: Pack, reference: Reference) -> Outcomes:
-    """The rows of all images, in the batches of a validation."""
+    """The rows of all images, in the batches of a validation, at their places in the set that was asked for."""
     answers = network.answers
     batches = validate.grid(len(images), BATCH)
     validate.answer([network], images, images.preprocess, batches, skip_bad=False)
@@ -165,15 +176,15 @@ def _replay(network: Network, images: Pack, reference: Reference) -> Outcomes:
     for batch in batches:
         places = answers.places(batch)
         labels = None if images.labels is None else np.asarray(images.labels[places.start : places.stop], np.int64)
-        parts.append(measure(reference.read(places), answers.read(batch), labels, np.asarray(places)))
-    return join(parts)
+        parts.append(measure(reference.read(places), answers.read(batch), labels, reference.places[places]))
+    return replace(join(parts), skipped=reference.skipped)
 
 
-def _measure(bundle: Bundle, engine: Engine, runner: Runner, seconds: float | None) -> dict[str, Any]:
+def _measure(bundle: Bundle, engine: Engine, runner: Runner, plan: Plan) -> dict[str, Any]:
     """The benchmark record of the engine alone, at the batch it has, else at 1."""
     record, batch = engine.record, engine.record["batch"] or 1
     pixels = lineup.random_pixels(batch, Preprocess.from_json(record["preprocess"]))
-    times = benchmark.measure({_name(engine): runner}, pixels, Plan((batch,), seconds=seconds))
+    times = benchmark.measure({_name(engine): runner}, pixels, replace(plan, batches=(batch,)))
     size = record["preprocess"]["crop"]
     return {
         **times,
@@ -193,6 +204,7 @@ def _result(
     bundle: Bundle,
     engine: Engine,
     images: Pack,
+    reference: Reference,
     rows: Outcomes,
     times: dict[str, Any],
     accepted: Accepted | None,
@@ -203,10 +215,11 @@ def _result(
     fusion = {**record["fusion"], "notes": [*record["fusion"]["notes"], *notes(bundle), NO_BASELINE]}
     digests = {
         "model": made["model"]["digest"],
-        "images": made["images"]["digest"],
+        "images": made["images"]["set"],
         "weights": made["typed"].get("weights"),
         "outcomes": rows.save(beside(output)),
     }
+    paths = dict(zip(reference.places.tolist(), images.paths, strict=True))
     sides: list[dict[str, Any]] = [
         {"latency_ms": None, "size_bytes": made["model"]["size_bytes"]},
         {"name": _name(engine), "latency_ms": in_short(times, _name(engine)), "size_bytes": record["size_bytes"]},
@@ -214,7 +227,7 @@ def _result(
     found = make_result(
         made["name"],
         {**record, "fusion": fusion},
-        measured(rows, images.paths.__getitem__, dict(enumerate(images.classes)).get),
+        measured(rows, paths.__getitem__, dict(enumerate(images.classes)).get),
         verdict.judge(bundle.budget, accepted, rows, digests["images"]),
         sides,
         made["images"]["left_out"],

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from rich.console import Console
 from edgeres import bundle, graph, pipeline, progress
 from edgeres.bundle import Bundle
 from edgeres.cli import cli
-from edgeres.errors import InputError, UsageError
+from edgeres.errors import InputError, StaleError, UsageError
 from edgeres.files import read_json, sha256_file, write_json
 from edgeres.job import Job
 from edgeres.layouts import open_images
 from edgeres.outcomes import beside
-from edgeres.pack import open_pack
+from edgeres.pack import open_pack, write_pack
+from edgeres.ranges import hashed
 from edgeres.recipe import Budget, load_recipe
 from edgeres.sealed import Sealed, write
 from edgeres.statistics import paired
@@ -86,7 +88,8 @@ def test_a_bundle_has_what_a_device_needs(make: Make, workspace: Path, val_folde
     assert (packed.paths, packed.labels, packed.sha256) == (images.paths, images.labels, images.hashes())
     pixels = (packed.read(5, packed.preprocess), images.read(5, packed.preprocess))
     assert np.array_equal(*pixels)
-    assert made["images"] | {"digest": ""} == {"count": 24, "asked": 24, "of": 24, "digest": "", "left_out": []}
+    numbers = {"count": 24, "asked": 24, "of": 24, "skipped": [], "left_out": []}
+    assert made["images"] == {**numbers, "digest": hashed(images).digest(), "set": hashed(images).digest()}
     opened = Bundle.open(path)
     assert (opened.target.executor, opened.budget) == ("onnxruntime", Budget(max_drop=0.5))
 
@@ -223,12 +226,55 @@ def test_unreadable_images_are_left_out_by_name_or_refused(make: Make, tmp_path:
     skipping = Job(job.recipe, job.root, job.model, skip_bad=True)
     made = manifest(bundle.make(skipping))["images"]
     assert (made["count"], made["asked"], made["left_out"]) == (2 * CLASSES - 1, 2 * CLASSES, ["class1/0.png"])
+    images = open_images(folder)
+    assert (made["set"], made["skipped"]) == (hashed(images).digest(), [images.paths.index("class1/0.png")])
 
 
 def test_nothing_is_left_beside_the_bundle(make: Make) -> None:
     job = make()
     bundle.make(job)
     assert sorted(p.name for p in job.folder.iterdir()) == ["model.onnx"]
+
+
+def test_two_bundles_of_one_job_at_once_wait_for_each_other(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, waits, answers = make(), threading.Event(), bundle._answers
+    paths = tmp_path / "one.bundle", tmp_path / "other.bundle"
+    other = threading.Thread(target=bundle.make, args=(job, 6), kwargs={"output": paths[1]})
+
+    def while_the_other_begins(*arguments: Any) -> Any:
+        if other.ident is None:
+            other.start()
+            while other.is_alive() and not waits.wait(0.01):
+                pass
+        return answers(*arguments)
+
+    monkeypatch.setattr(bundle, "_answers", while_the_other_begins)
+    monkeypatch.setattr(bundle, "say", lambda text: waits.set() if "wait for it" in text else None)
+    bundle.make(job, output=paths[0])
+    other.join()
+    for path, count in zip(paths, (24, 6), strict=True):
+        opened = Bundle.open(path)
+        opened.sealed.unpack(tmp_path / path.stem)
+        packed = open_pack(tmp_path / path.stem / "images.pack")
+        assert (len(packed), hashed(packed).digest()) == (count, opened.manifest["images"]["digest"])
+    assert [p.name for p in job.folder.iterdir()] == ["model.onnx"]
+
+
+def test_a_pack_that_another_process_wrote_is_not_sealed(
+    make: Make, train_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the file system has no locks."""
+    job = make()
+
+    def meanwhile(_: Any, packed: Any) -> None:
+        write_pack(open_images(train_folder), packed.preprocess, packed.root)
+
+    monkeypatch.setattr(bundle, "_top1", meanwhile)
+    with pytest.raises(StaleError, match=r"images\.pack changed while the bundle was made"):
+        bundle.make(job)
+    assert list(job.root.rglob("*.bundle")) == []
 
 
 @pytest.mark.parametrize(
@@ -309,7 +355,57 @@ def test_a_manifest_that_makes_no_sense_is_refused(make: Make, change: dict[str,
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b"\xff", b"{}"])
+@pytest.mark.parametrize(
+    ("section", "change"),
+    [
+        ("typed", {"batch": "x"}),
+        ("typed", {"batch": 0}),
+        ("typed", {"batch": -3}),
+        ("typed", {"batch": 10**7}),
+        ("typed", {"classes": True}),
+        ("typed", {"quantization": "x"}),
+        ("typed", {"quantization": {"weight_bits": "x"}}),
+        ("typed", {"layers": "x"}),
+        ("typed", {"ranges": {}}),
+        ("model", {"size_bytes": -1}),
+        ("images", {"left_out": [1]}),
+        ("images", {"skipped": ["1"]}),
+        ("images", {"count": 22, "skipped": [3, 3]}),
+        ("images", {"count": 22, "skipped": [4, 3]}),
+        ("images", {"count": 23, "skipped": [24]}),
+        ("images", {"count": 23}),
+    ],
+)
+def test_a_value_of_another_kind_in_a_manifest_is_named(make: Make, section: str, change: dict[str, Any]) -> None:
+    value = bundle.make(make())
+    record = manifest(value)
+    record[section] |= change
+    path = changed(Path(value["bundle"]), Path("other.bundle"), {"manifest.json": json.dumps(record).encode()})
+    with pytest.raises(InputError, match=r"has a damaged manifest\.json") as caught:
+        Bundle.open(path)
+    assert f"{section}.{next(iter(change))}" in caught.value.evidence
+
+
+def test_a_fixed_batch_is_in_order(make: Make) -> None:
+    value = bundle.make(make())
+    record = manifest(value)
+    record["typed"]["batch"] = 8
+    path = changed(Path(value["bundle"]), Path("other.bundle"), {"manifest.json": json.dumps(record).encode()})
+    assert Bundle.open(path).manifest["typed"]["batch"] == 8
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "target.toml"])
+def test_a_text_too_long_for_memory_is_refused_unread(make: Make, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    path = changed(Path(bundle.make(make())["bundle"]), Path("other.bundle"), {name: bytes(bundle.TEXT + 1)})
+    seen: list[str] = []
+    monkeypatch.setattr(Sealed, "read", lambda _, name: seen.append(name))
+    with pytest.raises(InputError, match=r"other\.bundle is no bundle") as caught:
+        Bundle.open(path)
+    assert caught.value.evidence == f"{name} has 16,777,217 bytes, of at most 16,777,216"
+    assert not seen
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"\xff", b"{}", b"[" * 200_000 + b"]" * 200_000])
 def test_a_manifest_that_is_none_is_refused(make: Make, text: bytes) -> None:
     path = changed(Path(bundle.make(make())["bundle"]), Path("other.bundle"), {"manifest.json": text})
     with pytest.raises(InputError, match=r"has a damaged manifest\.json"):

@@ -380,7 +380,8 @@ def test_a_file_that_is_not_a_whole_pack_is_refused(
 
 def sealed(record: object, count: int = 1, crop: int = 8) -> bytes:
     """A pack of black images whose digests are right, whatever its metadata say."""
-    pixels, text = bytes(count * crop * crop * 3), json.dumps(record).encode()
+    pixels = bytes(count * crop * crop * 3)
+    text = (record if isinstance(record, str) else json.dumps(record)).encode()
     page = HEADER.pack(MAGIC, 1, crop, count, PAGE + len(pixels), len(text), hashlib.sha256(text).digest())
     page = page.ljust(PAGE - 32, b"\0")
     return page + hashlib.sha256(page).digest() + pixels + text
@@ -393,17 +394,24 @@ def test_metadata_that_make_no_sense_are_refused(packed: Pack, tmp_path: Path) -
     path = tmp_path / "odd.pack"
     path.write_bytes(sealed(one))
     assert len(open_pack(path)) == 1
-    short = {k: v for k, v in one.items() if k != "sha256"}
-    for odd in ([], short, {**one, "labels": [0, 1]}, {**one, "preprocess": {"crop": 0}}, {**one, "shape": [1, 8, 8]}):
+    short = {k: v for k, v in one.items() if k != "shape"}
+    kinds = ({"labels": [label]} for label in ("0", None, 0.5, True, [0]))
+    others = ({"labels": []}, {"paths": [1]}, {"classes": [{}]}, {"sha256": [0]}, {"skipped": [["a", 1]]})
+    more = ({"labels": [0, 1]}, {"preprocess": {"crop": 0}}, {"shape": [1, 8, 8]}, {"made_from": 1})
+    for odd in ([], short, *({**one, **change} for change in (*kinds, *others, *more))):
         path.write_bytes(sealed(odd))
         with pytest.raises(InputError, match="unusable metadata"):
             open_pack(path)
     path.write_bytes(sealed({**one, "preprocess": Preprocess(crop=9).to_json()}))
     with pytest.raises(InputError, match="unusable metadata"):
         open_pack(path)
-    path.write_bytes(sealed(one, count=0))
-    with pytest.raises(InputError, match="damaged header"):
+    path.write_bytes(sealed("[" * 200_000 + "]" * 200_000))
+    with pytest.raises(InputError, match="unusable metadata"):
         open_pack(path)
+    for count, crop in ((0, 8), (1, 0), (2**63, 0)):
+        path.write_bytes(sealed(one, count, crop))
+        with pytest.raises(InputError, match="damaged header"):
+            open_pack(path)
 
 
 def test_a_missing_file_and_a_folder_are_told(tmp_path: Path) -> None:

@@ -263,6 +263,7 @@ def test_logits_that_are_no_numbers_are_refused(made: Path, tmp_path: Path) -> N
     [
         ({"images": {"digest": "0" * 64}}, "the images are not those of the manifest"),
         ({"typed": {"preprocess": {"crop": 32, "resize": 40}}}, "the images are prepared for another model"),
+        ({"images": {"asked": 99, "count": 99}}, f"the pack has {IMAGES} images, and the manifest 99"),
     ],
 )
 def test_images_for_another_model_are_refused(
@@ -277,10 +278,10 @@ def test_images_for_another_model_are_refused(
     assert caught.value.evidence == evidence
 
 
-@pytest.mark.parametrize("seconds", [-1.0, math.nan])
-def test_seconds_are_a_time(made: Path, seconds: float) -> None:
+@pytest.mark.parametrize("seconds", [-1.0, 0.0, math.nan, math.inf])
+def test_seconds_are_a_time_before_anything_else(tmp_path: Path, seconds: float) -> None:
     with pytest.raises(UsageError, match="seconds to measure"):
-        selftest.run(made, seconds=seconds)
+        selftest.run(tmp_path / "no.bundle", seconds=seconds)
 
 
 def test_an_fp32_engine_is_not_the_fp32_it_is_compared_with(job: Job, tmp_path: Path) -> None:
@@ -314,6 +315,32 @@ def test_an_accepted_result_judges_on_the_device_too(job: Job, tmp_path: Path) -
     alone = selftest.run(changed(path, tmp_path / "b.bundle", {"accepted.outcomes.npz": None}))
     assert alone["verdict"] == "NOT ENOUGH IMAGES"
     assert "(not image by image)" in alone["reasons"][0]
+
+
+def test_a_set_with_unreadable_images_is_judged_image_by_image(job: Job, tmp_path: Path) -> None:
+    root = tmp_path / "some"
+    shutil.copytree(job.root / "val", root / "val")
+    for path in sorted((root / "val").rglob("*.png"))[3:20:16]:
+        path.write_bytes(b"no image")
+    section = replace(job.recipe.validation, images=str(root / "val"))
+    asked = replace(job, recipe=replace(job.recipe, validation=section), root=root, skip_bad=True)
+    (expected,) = pipeline.validate_engines(asked, [pipeline.ensure_engine(asked)])
+    budget = replace(job.recipe.budget, max_drop=None, accepted=str(asked.folder / "result.json"))
+    value = bundle.make(replace(asked, recipe=replace(asked.recipe, budget=budget)))
+    assert any(note.startswith("max_loss 0 takes 10,000 images at least") for note in value["notes"])
+    result = selftest.run(Path(value["bundle"]), seconds=0.01, output=tmp_path / "result.json")
+    assert "(image by image)" in result["reasons"][0]
+    for key in ("images", "images_of", "skipped", "flipped", "drop", "flips"):
+        assert json.dumps(result[key]) == json.dumps(expected[key]), key
+    digests = [r["provenance"]["digests"] for r in (expected, result)]
+    assert digests[0]["images"] == digests[1]["images"]
+    assert (result["images"], len(result["skipped"])) == (IMAGES - 2, 2)
+    before, after = (
+        Outcomes.load(beside(file), found["outcomes"])
+        for file, found in zip((asked.folder / "result.json", tmp_path / "result.json"), digests, strict=True)
+    )
+    for name, column in vars(before).items():
+        assert np.array_equal(column, getattr(after, name)), name
 
 
 def test_unlabelled_images_test_fidelity_alone(job: Job, tmp_path: Path) -> None:
@@ -423,6 +450,9 @@ def test_implicit_int8_takes_its_ranges_from_the_cache(
     assert (typed.path, folder, name) == (tmp_path / "files" / "model.onnx", tmp_path / "e", "jetson-agx-orin-dla")
     assert (target, typed.convolutions) == (found.target, 15)  # the classifier is a convolution too, and not counted
     assert calibration.cache == (tmp_path / "files" / "model.cache").read_text()
+    (tmp_path / "files" / "model.cache").write_bytes(b"\xff")
+    with pytest.raises(InputError, match=r"model\.cache of .*a\.bundle is no calibration cache"):
+        selftest.ensure_engine(found, tmp_path / "files", tmp_path / "e", "10.3.0")
 
 
 def test_a_missing_executor_is_named(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
