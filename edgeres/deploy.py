@@ -14,6 +14,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,13 +27,13 @@ from rich.text import Text
 
 import edgeres
 from edgeres import report, result, words
+from edgeres.benchmark import Plan
 from edgeres.bundle import Bundle
 from edgeres.errors import EdgeresError, InputError, StaleError, UsageError
 from edgeres.files import digest, sha256_file
 from edgeres.outcomes import beside
 from edgeres.progress import say
-from edgeres.recipe import at_least
-from edgeres.ssh import Device, LostConnection, Stopped, client
+from edgeres.ssh import Device, LostConnection, Stopped, client, sockets
 from edgeres.tables import Trimmed, plain_table
 from edgeres.wheels import Python, Wheels, name_of
 
@@ -49,6 +50,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
 BINDINGS = ("pycuda", "cuda-python")
 """What TensorRT's runner needs one of."""
 OLDEST = (3, 10)
+FILES = ("result.json", "outcomes.npz")
+"""What comes home."""
 ENVIRONMENT = 60 << 20
 """Bytes of an empty environment with pip, about."""
 
@@ -91,12 +94,12 @@ def deploy(hosts: Sequence[str], path: Path, output: Path, ways: Ways = Ways()) 
     Ctrl-C ends all of it; devices are cleaned first.
     """
     check(hosts)
-    at_least("seconds to measure", ways.seconds, 0)
+    Plan(seconds=ways.seconds)  # which the devices would refuse
     client()
     parcel = Parcel.of(path)
-    with tempfile.TemporaryDirectory(prefix="er-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="er-") as scratch, sockets() as near:
         wheels = Wheels(Path(scratch), _packages(parcel.executor, ways.wheels), ways.wheels)
-        devices = [Device(host, Path(scratch), ways.options, ways.config) for host in hosts]
+        devices = [Device(host, Path(near), ways.options, ways.config) for host in hosts]
         found, bugs = dict[str, Record](), list[BaseException]()
         slots, ask, ended = threading.Semaphore(AT_A_TIME), threading.Lock(), queue.SimpleQueue[str]()
 
@@ -173,13 +176,25 @@ def _one(device: Device, parcel: Parcel, wheels: Wheels, ways: Ways, folder: Pat
             record["met"] = failed is None and report.met([found])
             if failed is not None and report.met([found]):
                 raise failed
-        except (EdgeresError, OSError) as error:
-            told = error if isinstance(error, EdgeresError) else EdgeresError(str(error))
+        except Stopped:
+            raise
+        except Exception as error:  # bugs too: here they cost the results of one device
+            told = _told(error)
             record["error"] = {"cause": told.cause, "evidence": told.evidence, "next": told.hint}
             _say(device, told.cause)
     finally:
         notes = device.close()
     return {**record, **summary, "notes": notes, "seconds": round(time.monotonic() - start, 1)}
+
+
+def _told(error: Exception) -> EdgeresError:
+    """What the table says of ``error``; a bug keeps its traceback."""
+    if isinstance(error, EdgeresError):
+        return error
+    if isinstance(error, OSError):
+        return EdgeresError(str(error))
+    cause = f"{type(error).__name__}, a bug in edgeres"
+    return EdgeresError(cause, evidence=traceback.format_exc(), hint="please report it")
 
 
 def require(facts: dict[str, str], python: str | None, executor: str, packages: Sequence[str]) -> None:
@@ -324,19 +339,19 @@ def _bring_home(device: Device, folder: Path, failed: EdgeresError | None) -> Re
 
 
 def _unpack(data: IO[bytes], folder: Path) -> None:
-    """The files of a tar after the mark that it begins; no links, no folders, no way out of ``folder``."""
+    """`FILES` of a tar after the mark that it begins, if they are plain: no links, no holes."""
     data.seek(0)
-    for line in data:
-        if line == b"edgeres data=tar\n":
-            break
+    while data.readline(1 << 16) not in (b"edgeres data=tar\n", b""):
+        pass
     try:
         with tarfile.open(fileobj=data, mode="r|") as tar:
             for member in tar:
                 name = member.name.removeprefix("./")
-                if member.isreg() and re.fullmatch(r"\w[\w.-]*", name) and (content := tar.extractfile(member)):
+                plain = name in FILES and member.isreg() and not member.issparse()
+                if plain and (content := tar.extractfile(member)):
                     with open(folder / name, "wb") as out:
                         shutil.copyfileobj(content, out)
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:  # tarfile raises them all
         raise EdgeresError("what came from the device is damaged", evidence=str(error), hint="deploy again") from error
 
 

@@ -20,6 +20,10 @@ fail() {
     [ -z "${2-}" ] || printf 'Next: %s\n' "$2" >&2
     exit 1
 }
+busy() {
+    fail "another deploy is at work on this device" \
+        "wait for it: two at a time spoil each other's numbers (one whose connection was cut ends in two minutes)"
+}
 
 # is process $2 one of deploy $1? Its name is in their command lines, so that no stranger with an old number is meant
 of_deploy() { grep -qs -e "$1" "/proc/$2/cmdline"; }
@@ -60,7 +64,7 @@ finish() {
     trap '' HUP INT TERM
     stop "$id"
     sweep "$id"
-    rm -f "$lock"
+    [ "$(readlink "$lock")" != "$id.$$" ] || rm -f "$lock"
     rmdir "$root" 2>/dev/null && [ -n "$fresh" ] && rmdir "$cache" 2>/dev/null
     say end clean
 }
@@ -71,21 +75,26 @@ guard() {
     [ -d "$cache" ] || fresh=yes
     mkdir -p "$root" || fail "cannot make $root on the device"
     if ! ln -s "$id.$$" "$lock" 2>/dev/null; then
-        owner=$(readlink "$lock") || fail "cannot write in $root on the device"
-        of_deploy "${owner%.*}" "${owner##*.}" && fail "another deploy is at work on this device" \
-            "wait for it: two at a time spoil each other's numbers (one whose connection was cut ends in two minutes)"
-        rm -f "$lock" && ln -s "$id.$$" "$lock" || fail "cannot write in $root on the device"
+        owner=$(readlink "$lock") || fail "cannot make $lock on the device" "deploy again, or see whether it has room"
+        of_deploy "${owner%.*}" "${owner##*.}" && busy
+        # the lock of a dead deploy; but another may take it at this moment, so what was moved is looked at again
+        mv "$lock" "$lock.$id" 2>/dev/null || busy
+        [ "$(readlink "$lock.$id")" = "$owner" ] || { mv -f "$lock.$id" "$lock"; busy; }
+        rm -f "$lock.$id"
+        ln -s "$id.$$" "$lock" 2>/dev/null || busy
     fi
     trap '' PIPE
     trap 'exit 1' HUP INT TERM
     trap finish EXIT
+    mkdir -p "$mine/made" "$mine/pids" "$mine/tmp" "$mine/out" && printf '%s' $$ > "$mine/guard" ||
+        fail "cannot write in $root on the device"
     for folder in "$root"/deploy-*; do
-        [ -d "$folder" ] || continue
         other=${folder##*/deploy-}
+        [ "$other" != "$id" ] || continue
+        of_deploy "$other" "$(cat "$folder/guard" 2>/dev/null)" && busy
         stop "$other"
         sweep "$other"
     done
-    mkdir -p "$mine/made" "$mine/pids" "$mine/tmp" "$mine/out" || fail "cannot write in $root on the device"
     [ "$3" != keep ] || : > "$mine/keep"
     look "$2"
     say ready "$mine"

@@ -174,7 +174,8 @@ FIELDS = (
     ("text", "name model target precision *.name *.precision skipped[] reasons[] notes[] budget.accepted.path"),
     ("text", "flipped[].path flipped[].kind layers[].name ranges[].tensor"),
     ("text", "provenance.digests.model provenance.digests.images provenance.digests.engine"),
-    ("text?", "verdict classes[].name"),
+    ("text?", "classes[].name"),
+    ("PASS, NOT ENOUGH IMAGES, FAIL?", "verdict"),
     ("true or false", "labels"),
     ("count", "images images_of flipped_total flips.right_to_wrong flips.wrong_to_right shard.index shard.of"),
     ("count", "*.size_bytes *.latency_ms.batch *.latency_ms.samples flipped[].index flipped[].*.answer"),
@@ -200,7 +201,7 @@ def load(path: Path) -> list[dict[str, Any]]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read result {path}", evidence=str(error)) from error
     records = value if isinstance(value, list) else [value]
     if not records:
@@ -217,7 +218,7 @@ def load(path: Path) -> list[dict[str, Any]]:
             if form == FORMER:
                 _fill(record)
             wrong = next(_wrong(record), None)
-        except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
+        except (AttributeError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
             wrong = f"{type(error).__name__}: {error}"
         if wrong:
             raise InputError(f"result {path} is damaged", evidence=wrong, hint="validate again to write it anew")
@@ -278,6 +279,7 @@ def _is(value: Any, kind: str) -> bool:
         "object": lambda: isinstance(value, dict),
         "list": lambda: isinstance(value, list),
         "text": lambda: isinstance(value, str),
+        "PASS, NOT ENOUGH IMAGES, FAIL": lambda: value in ("PASS", "NOT ENOUGH IMAGES", "FAIL"),
         "true or false": lambda: isinstance(value, bool),
         "number": lambda: number,
         "count": lambda: number and isinstance(value, int) and value >= 0,

@@ -12,12 +12,14 @@ import re
 import secrets
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
@@ -34,6 +36,8 @@ CHANGED = "REMOTE HOST IDENTIFICATION HAS CHANGED"
 """What ssh says when it refuses, or is refused."""
 LOST = 255
 """Exit status of ssh where it failed itself (ssh(1))."""
+SENT, LINE, LINES, FACTS = 256 << 20, 1 << 16, 1000, 100
+"""What a device may fill here: bytes of a file (outcomes of a million images are fewer), of a line, lines, facts."""
 OURS = ("RequestTTY=no", "RemoteCommand=none", "ClearAllForwardings=yes", "PermitLocalCommand=no", "EscapeChar=none")
 DEFAULTS = ("ConnectTimeout=15", "ServerAliveInterval=15", "ServerAliveCountMax=3")
 """Options of ssh, which takes the first value it sees: ours, the user's, these."""
@@ -54,13 +58,15 @@ class Device:
     """One device. `connect`, any number of `step`, and always `close`.
 
     ``options`` are for ssh, as its -o takes them; ``config`` is a file for its -F. ``folder``: where the socket of the
-    connection lies; its path must be short.
+    connection lies, one of `sockets`.
     """
 
     def __init__(self, host: str, folder: Path, options: Sequence[str] = (), config: Path | None = None) -> None:
         self.host, self.id = host, secrets.token_hex(8)
         ours = [*OURS, "ControlPersist=no", f"ControlPath={folder / self.id[:6]}"]
-        self._ssh = [client(), "-T", "-x", "-a", *(("-F", str(config)) if config else ()), *_options(ours)]
+        # the system ends an ssh that writes more than that into a file (POSIX: in blocks of 512 bytes)
+        limited = ["sh", "-c", f'ulimit -f {SENT >> 9} 2>/dev/null; exec "$@"', "sh", client(), "-T", "-x", "-a"]
+        self._ssh = [*limited, *(("-F", str(config)) if config else ()), *_options(ours)]
         self._rest = _options([*options, *DEFAULTS])
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (it lasts as long as the connection)
         self._guard: Process | None = None
@@ -93,7 +99,7 @@ class Device:
         self._guard = self._open(command, stdin=pipe, stdout=pipe, stderr=self._errors, start_new_session=bool(options))
         facts = dict[str, str]()
         assert self._guard.stdout
-        for line in self._guard.stdout:
+        for line in _lines(self._guard.stdout):
             _note(line, facts)
             if "ready" in facts:
                 return facts
@@ -116,7 +122,7 @@ class Device:
         """
         if self._over():
             raise self._lost(arguments[0], [])
-        errors, facts = list[str](), dict[str, str]()
+        errors, facts = deque[str](maxlen=LINES), dict[str, str]()
         with tempfile.TemporaryFile() as own:
             command = self._command(arguments, "ControlMaster=no", "BatchMode=yes")
             running = self._open(
@@ -128,19 +134,19 @@ class Device:
             )
             assert running.stderr
             with running as process:
-                for raw in running.stderr:
+                for raw in _lines(running.stderr):
                     errors.append(_clean(raw))
                     live(errors[-1])
                 code = process.wait()
             own.seek(0)
-            for line in own:
+            for line in _lines(own):
                 _note(line, facts)
         if self._stopped:
             raise Stopped
         if code == LOST or self._over():
-            raise self._lost(arguments[0], errors)
+            raise self._lost(arguments[0], list(errors))
         if code:
-            raise failure(errors, f"{arguments[0]} ended with status {code} on the device")
+            raise failure(list(errors), f"{arguments[0]} ended with status {code} on the device")
         return facts
 
     def stop(self) -> None:
@@ -163,10 +169,10 @@ class Device:
         cut = guard.poll() is not None
         with suppress(OSError):
             guard.stdin.close()
-        left = list[str]()
+        left = deque[str](maxlen=FACTS)
         timer = threading.Timer(ENDING, guard.kill)
         timer.start()
-        for line in guard.stdout:
+        for line in _lines(guard.stdout):
             _note(line, said)
             left += [said.pop("left")] if "left" in said else []
         guard.wait()
@@ -205,6 +211,11 @@ class Device:
         return "\n".join(_clean(line) for line in raw.split(b"\n"))
 
     def _lost(self, step: str, errors: list[str]) -> LostConnection:
+        assert self._guard
+        with suppress(subprocess.TimeoutExpired):  # a step may see the end before the guard's is known
+            self._guard.wait(1)
+        if self._guard.returncode == -signal.SIGXFSZ:
+            return LostConnection(f"the device sent more than {SENT >> 20} MiB during {step}")
         lines = [line for line in (*errors[-3:], *self._told().splitlines()[-3:]) if line]
         return LostConnection(
             f"the connection was cut during {step}",
@@ -240,6 +251,17 @@ def client() -> str:
     return found
 
 
+def sockets() -> tempfile.TemporaryDirectory[str]:
+    """A new folder for the sockets of connections.
+
+    It is in /tmp where the path of the usual one is too long for a socket (unix(7)), or has what ssh reads otherwise in
+    a ControlPath: spaces, quotes, % and $.
+    """
+    usual = tempfile.gettempdir()
+    fits = re.fullmatch(r"[\w/.+-]{1,60}", usual, re.ASCII)
+    return tempfile.TemporaryDirectory(prefix="er-", dir=usual if fits else "/tmp")
+
+
 def failure(errors: Sequence[str], otherwise: str) -> EdgeresError:
     """What edgeres (Error: ...) or device.sh (Failed: ...) said on the device, or else ``otherwise``."""
     starts = [i for i, line in enumerate(errors) if line.startswith(("Error: ", "Failed: "))]
@@ -270,12 +292,17 @@ def _options(options: Sequence[str]) -> list[str]:
     return [word for option in options for word in ("-o", option)]
 
 
+def _lines(pipe: IO[bytes]) -> Iterator[bytes]:
+    """Lines, those longer than `LINE` in pieces."""
+    return iter(lambda: pipe.readline(LINE), b"")
+
+
 def _clean(line: bytes) -> str:
     """A line of the device as text, without what would move the cursor or change colors."""
-    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|[^\x20-\U0010ffff]|\x7f", "", line.decode(errors="replace")).rstrip()
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|[^\x20-\x7e\xa0-\U0010ffff]", "", line.decode(errors="replace")).rstrip()
 
 
 def _note(line: bytes, facts: dict[str, str]) -> None:
     """Take up a fact of the device; what a login shell prints is none."""
-    if found := re.fullmatch(r"edgeres (\w+)=(.*)", _clean(line)):
+    if (found := re.fullmatch(r"edgeres (\w+)=(.*)", _clean(line))) and len(facts) < FACTS:
         facts[found[1]] = found[2].strip()

@@ -326,6 +326,30 @@ def test_a_bundle_is_signed_by_ssh_keygen(make: Make, tmp_path: Path) -> None:
     assert Bundle.open(Path(value["bundle"]), key.with_suffix(".pub")).sealed.signer == value["signer"]
 
 
+@pytest.mark.parametrize("flags", [{"sign_with": Path("absent")}, {"output": Path()}, {"output": Path("file/a")}])
+def test_a_key_or_a_place_that_will_not_do_is_said_first(make: Make, flags: dict[str, Path]) -> None:
+    Path("file").touch()
+    job = make()
+    with pytest.raises(InputError, match=r"cannot (sign with absent|write)"):
+        bundle.make(job, **flags)
+    assert not job.folder.exists()
+
+
+@pytest.mark.parametrize("budget", ["max_drop", "min_relative", "accepted"])
+def test_a_budget_needs_labels(make: Make, tmp_path: Path, val_folder: Path, budget: str) -> None:
+    (tmp_path / "flat").mkdir()
+    for i, path in enumerate(sorted(val_folder.rglob("*.png"))[:4]):
+        shutil.copy(path, tmp_path / "flat" / f"{i}.png")
+    flat = {"validation__images": str(tmp_path / "flat")}
+    job = make(**flat, **{f"budget__{budget}": "absent.json" if budget == "accepted" else 1.0})
+    with pytest.raises(UsageError, match="flat has no labels") as error:
+        bundle.make(job)
+    assert budget in error.value.evidence
+    assert "leave the budget out" in error.value.hint
+    assert not job.folder.exists()
+    assert bundle.make(make(**flat))["notes"] == ["the images have no labels: no budget can be judged on them"]
+
+
 def changed(path: Path, output: Path, members: dict[str, bytes | None]) -> Path:
     """The bundle at ``path`` with other ``members``, or without them, sealed again."""
     sealed = Sealed.open(path)

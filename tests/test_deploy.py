@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -356,6 +357,75 @@ def test_what_comes_home_must_belong_together_and_takes_nothing_else_away(
 
 @needs_sshd
 @needs_device
+def test_a_bug_that_one_device_meets_costs_no_other_its_results(
+    edgeres_deploy: Deploy, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bug(device: ssh.Device, folder: Path, failed: EdgeresError | None) -> dict[str, Any]:
+        if device.host == "one":
+            raise ZeroDivisionError("one by none")
+        return real(device, folder, failed)
+
+    real = deploy._bring_home
+    monkeypatch.setattr(deploy, "_bring_home", bug)
+    done = edgeres_deploy("one", "two", bundle)
+    assert done.exit_code == 1
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert (lines[1][0], lines[2][0]) == ("one", "two")
+    assert "failed" in lines[1]
+    assert "PASS" in lines[2]
+    assert "one: ZeroDivisionError, a bug in edgeres" in done.stdout
+    assert "Traceback" in done.stdout
+    assert "ZeroDivisionError: one by none" in done.stdout
+
+
+@needs_sshd
+@needs_device
+def test_a_device_fills_neither_disk_nor_memory_here(
+    edgeres_deploy: Deploy, bundle: Path, devices: dict[str, Device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssh, "SENT", 1 << 20)
+    devices["one"].tool("tar", "head -c 20000000 /dev/zero")
+    endless = only(edgeres_deploy("one", bundle, "--json"))
+    assert endless["error"]["cause"] == "the device sent more than 1 MiB during fetch"
+    wait(lambda: devices["one"].left == [], "the device did not clean up")
+    devices["one"].reset()
+    heard = list[int]()
+    real = ssh.failure
+
+    def failure(errors: list[str], otherwise: str) -> EdgeresError:
+        heard.extend(map(len, errors))
+        return real(errors, otherwise)
+
+    monkeypatch.setattr(ssh, "failure", failure)
+    noise = '{ yes | head -n 2000; head -c 200000 /dev/zero | tr "\\000" x; echo; echo "Error: it broke"; } >&2; exit 1'
+    loud = devices["one"].tool("loud", f'if [ "$1" = -m ]; then {noise}; fi; exec "{PYTHON}" "$@"')
+    assert only(edgeres_deploy("one", bundle, "--json", python=loud))["error"]["cause"] == "it broke"
+    assert (len(heard), max(heard)) == (ssh.LINES, ssh.LINE)
+
+
+@needs_sshd
+@pytest.mark.parametrize("name", ["a space", "per%cent", "long" * 20])
+def test_connections_work_wherever_temporary_files_are(
+    config: Path, devices: dict[str, Device], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / name))
+    with ssh.sockets() as folder:
+        device = ssh.Device("one", Path(folder), (), config)
+        assert device.connect("python3", False, threading.Lock())["system"] == "Linux"
+        assert device.step("have", "", "none", "") == {}
+        assert device.close() == []
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
+def test_no_time_to_measure_is_refused_before_anything_is_sent(bundle: Path, seconds: str) -> None:
+    done = CliRunner().invoke(cli, ["deploy", "nowhere", str(bundle), "--seconds", seconds])
+    assert done.exit_code == 2
+    assert "seconds to measure" in done.stderr
+
+
+@needs_sshd
+@needs_device
 def test_a_full_disk_is_seen_before_and_while_copying(
     edgeres_deploy: Deploy, bundle: Path, devices: dict[str, Device]
 ) -> None:
@@ -553,8 +623,28 @@ def test_a_device_cannot_write_outside_of_its_folder(tmp_path: Path) -> None:
         deploy._unpack(io.BytesIO(b"edgeres data=tar\nno tar" * 100), tmp_path / "in")
 
 
-def test_control_characters_of_a_device_do_not_reach_the_terminal() -> None:
-    assert ssh._clean(b"\x1b[31mred\x1b[0m\x07 \x1b]0;title\x07\r\n") == "red ]0;title"
+@pytest.mark.parametrize(
+    ("headers", "damaged"),
+    [
+        ({"GNU.sparse.map": "a,b"}, True),
+        ({"GNU.sparse.size": "zz"}, True),
+        ({"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "zz"}, True),
+        ({"GNU.sparse.map": "0,1", "GNU.sparse.size": str(1 << 20)}, False),
+        ({"path": "other.json"}, False),
+    ],
+)
+def test_files_with_holes_and_headers_that_lie_come_to_nothing(
+    tmp_path: Path, headers: dict[str, str], damaged: bool
+) -> None:
+    data = io.BytesIO(b"edgeres data=tar\n")
+    data.seek(0, io.SEEK_END)
+    with tarfile.open(fileobj=data, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        entry = tarfile.TarInfo("result.json")
+        entry.size, entry.pax_headers = 5, headers
+        tar.addfile(entry, io.BytesIO(b"12345"))
+    with pytest.raises(EdgeresError, match="damaged") if damaged else contextlib.nullcontext():
+        deploy._unpack(data, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_words_of_a_program_become_an_error() -> None:

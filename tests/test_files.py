@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,25 @@ def test_atomic_replaces_the_old_file(tmp_path: Path) -> None:
     with files.atomic(path) as temporary:
         temporary.write_text("new")
     assert path.read_text() == "new"
+
+
+def test_atomic_says_of_a_folder_that_it_is_one(tmp_path: Path) -> None:
+    for path in (Path("."), tmp_path):
+        with pytest.raises(IsADirectoryError, match="it is a folder"):
+            files.write_json(path, {})
+
+
+def test_what_can_be_written_is_known_before_and_nothing_is_left(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    files.require_writable(tmp_path / "new" / "a.json")
+    assert list((tmp_path / "new").iterdir()) == []
+    files.require_writable(tmp_path / "file")
+    for path, why in ((Path("."), "it is a folder"), (tmp_path, "it is a folder"), (tmp_path / "file" / "a", "")):
+        with pytest.raises(InputError, match=f"cannot write {re.escape(str(path))}") as error:
+            files.require_writable(path)
+        assert why in error.value.evidence
+        assert error.value.evidence
+        assert "-o" in error.value.hint
 
 
 def test_to_json_writes_null_for_what_is_not_finite() -> None:

@@ -274,7 +274,12 @@ def at(path: str, value: Any = ...) -> Callable[[dict[str, Any]], None]:
         (at("flipped.2.engine.answer"), "flipped[2].engine.answer is missing"),
         (at("flipped.2.engine"), "flipped[2].engine is missing"),
         (at("reasons.0", 3), "reasons[0] is 3, not text"),
-        (at("verdict", 1), "verdict is 1, not text or null"),
+        (at("verdict", 1), "verdict is 1, not PASS, NOT ENOUGH IMAGES, FAIL or null"),
+        (
+            at("verdict", "\x1b[32mPASS"),
+            'verdict is "\\u001b[32mPASS", not PASS, NOT ENOUGH IMAGES, FAIL or null',
+        ),
+        (at("images", 10**400), "OverflowError: int too large to convert to float"),
         (at("baseline.latency_ms.p90"), "baseline.latency_ms.p90 is missing"),
         (at("budget.accepted", {"path": "x", "top1": 1.0}), "budget.accepted.max_loss is missing"),
         (at("shard", {"index": 1}), "shard.of is missing"),
@@ -312,6 +317,7 @@ def test_what_a_former_result_lacks_is_named(tmp_path: Path, key: str) -> None:
         ('{"format": "edgeres engine 1"}', "is not a result"),
         ('{"format": "edgeres result 2", "kl": NaN}', "cannot read result"),
         ("\udcff", "cannot read result"),
+        ("[" * 200_000 + "]" * 200_000, "cannot read result"),
     ],
 )
 def test_what_is_no_result_is_refused(tmp_path: Path, text: str, cause: str) -> None:

@@ -29,7 +29,7 @@ from edgeres.errors import BuildError, EdgeresError, InputError, MissingDependen
 from edgeres.files import read_json, sha256_file
 from edgeres.job import Job
 from edgeres.outcomes import Outcomes, beside
-from edgeres.recipe import load_recipe
+from edgeres.recipe import Budget, load_recipe
 from edgeres.result import load
 from edgeres.sealed import Sealed
 from edgeres.targets import load_target
@@ -102,7 +102,7 @@ def test_the_device_finds_the_digits_of_validate(made: Path, job: Job, tmp_path:
 def test_the_report_says_what_the_device_cannot_know(made: Path, tmp_path: Path) -> None:
     done = on_device(made)
     assert "INT8 note: FP32 does not run here: its answers came in the bundle, so it has no latency" in done.stdout
-    assert "INT8 note: what the graph fused to was not looked at: this needs the package 'onnx'" in done.stdout
+    assert "was not looked at" not in done.stdout  # into a graph for the CPU: nothing is lost by it
     work = tmp_path / "cache" / "bundles" / Sealed.open(made).digest[:16]
     (result,) = load(work / "result.json")
     assert result["baseline"]["latency_ms"] is None
@@ -232,6 +232,26 @@ def test_no_room_is_said_before_anything_is_written(
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.parametrize("output", [Path(), Path("file/result.json")])
+def test_a_place_that_cannot_be_written_is_said_first(made: Path, tmp_path: Path, output: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot write"):
+        selftest.run(made, work=tmp_path / "w", output=tmp_path / output)
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_file_is_no_folder_to_work_in(made: Path) -> None:
+    with pytest.raises(EdgeresError, match="cannot unpack in") as caught:
+        selftest.run(made, work=made)
+    assert caught.value.evidence == f"{made} is a file"
+
+
+def test_an_unknown_target_is_no_target_to_make_a_bundle_for(made: Path) -> None:
+    with pytest.raises(UsageError, match="unknown target 'nonsense'") as caught:
+        selftest.run(made, "nonsense")
+    assert "choose from: cpu, " in caught.value.hint
+
+
 def test_logits_of_another_number_of_classes_are_refused(made: Path, tmp_path: Path) -> None:
     logits = Sealed.open(made).read("reference.f32")
     path = changed(made, tmp_path / "b.bundle", {"reference.f32": logits[: len(logits) // 4 * 3]})
@@ -349,11 +369,11 @@ def test_unlabelled_images_test_fidelity_alone(job: Job, tmp_path: Path) -> None
     for i, path in enumerate(sorted((job.root / "val").rglob("*.png"))[:8]):
         shutil.copy(path, flat / f"{i}.png")
     section = replace(job.recipe.validation, images=str(flat))
-    asked = replace(job, recipe=replace(job.recipe, validation=section))
+    asked = replace(job, recipe=replace(job.recipe, validation=section, budget=Budget()))
     value = bundle.make(asked, output=tmp_path / "a.bundle")
     assert value["notes"] == ["the images have no labels: no budget can be judged on them"]
     result = selftest.run(Path(value["bundle"]))
-    assert (result["labels"], result["verdict"], result["engine"]["top1"]) == (False, "NOT ENOUGH IMAGES", None)
+    assert (result["labels"], result["verdict"], result["engine"]["top1"]) == (False, None, None)
     assert result["sqnr_db"] > 10
 
 

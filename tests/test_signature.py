@@ -13,7 +13,7 @@ import pytest
 
 from edgeres import signature
 from edgeres.errors import InputError, MissingDependency
-from edgeres.signature import check, fingerprint, public_keys, sign
+from edgeres.signature import check, fingerprint, public_keys, require_key, sign
 
 DATA = b"0123  a.txt\n"
 
@@ -141,6 +141,37 @@ def test_a_key_that_is_not_there_is_named_with_what_ssh_keygen_says(tmp_path: Pa
     assert "No such file" in error.value.evidence
 
 
+def test_a_key_that_cannot_sign_is_refused_before(key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_key(key)
+    rsa, locked = make_key(tmp_path / "rsa", "rsa"), make_key(tmp_path / "locked", phrase="open sesame")
+    agent = f"ssh-add {locked}, then --sign {locked}.pub"
+    monkeypatch.setattr(signature, "_terminal", lambda: False)  # where nobody can be asked
+    monkeypatch.setenv("SSH_ASKPASS", "false")
+    monkeypatch.setenv("SSH_ASKPASS_REQUIRE", "force")
+    (tmp_path / "text").write_text("no key")
+    for path, hint in (
+        (tmp_path / "absent", "ssh-keygen -t ed25519"),
+        (tmp_path / "text", "ssh-keygen -t ed25519"),
+        (rsa, "ssh-keygen -t ed25519"),
+        (locked, agent),
+        (make_key(tmp_path / "moved").rename(tmp_path / "elsewhere").with_name("moved.pub"), f"ssh-add {tmp_path}/mov"),
+    ):
+        with pytest.raises(InputError) as error:
+            require_key(path)
+        assert hint in error.value.hint, path
+
+
+def test_what_a_person_must_do_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Path] = []
+    monkeypatch.setattr(signature, "_terminal", lambda: True)
+    monkeypatch.setattr(signature, "sign", lambda data, key: tried.append(key))
+    (tmp_path / "sk.pub").write_bytes(b"sk-ssh-ed25519@openssh.com AAAA\n")
+    locked, other = (make_key(tmp_path / kind, kind, "open sesame") for kind in ("ed25519", "ecdsa"))
+    for key in (locked, locked.with_suffix(".pub"), tmp_path / "sk.pub", other, make_key(tmp_path / "open")):
+        require_key(key)
+    assert tried == [other, tmp_path / "open"]  # the other may not sign, whatever is typed
+
+
 def test_a_key_in_an_agent_signs_by_its_public_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = make_key(tmp_path / "mine")
     monkeypatch.setenv("SSH_AUTH_SOCK", "agent")  # short: the path of a socket has a limit
@@ -159,11 +190,13 @@ def test_a_key_in_an_agent_signs_by_its_public_half(tmp_path: Path, monkeypatch:
 
 
 TYPED = """
-import os, sys
+import os, signal, sys
+signal.alarm(30)  # asked twice, it would wait for ever
 os.close(os.open(os.ttyname(1), os.O_RDWR))  # the terminal becomes this process's own
 from pathlib import Path
 from edgeres import signature
 sys.stdin = open(os.devnull)
+signature.require_key(Path("locked"))
 Path("armor").write_bytes(signature.sign(Path("data").read_bytes(), Path("locked")))
 """
 
@@ -194,7 +227,7 @@ def test_a_passphrase_is_asked_for_on_the_terminal(tmp_path: Path) -> None:
     (tmp_path / "data").write_bytes(DATA)
     status, shown = converse(b"open sesame\n", tmp_path)
     assert status == 0, shown
-    assert b"Enter passphrase" in shown
+    assert shown.count(b"Enter passphrase") == 1
     assert check((tmp_path / "armor").read_bytes(), DATA, locked) == public_keys(locked.with_suffix(".pub"))[0]
     (tmp_path / "armor").unlink()
     status, shown = converse(b"wrong\n", tmp_path)
