@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import edgeres
-from edgeres import graph, machine, pipeline, validate
+from edgeres import graph, machine, manifest, pipeline, validate
 from edgeres.answers import LOGITS, Answers
 from edgeres.baseline import ensure_model, preprocess_of
 from edgeres.build import Engine, Typed
 from edgeres.data import ImageSet
 from edgeres.errors import InputError, StaleError, UsageError
-from edgeres.files import to_json
+from edgeres.files import require_writable, to_json
 from edgeres.job import BATCH, Job
 from edgeres.outcomes import beside
 from edgeres.pack import Pack, open_pack, write_pack
@@ -40,6 +40,7 @@ from edgeres.ranges import hashed
 from edgeres.recipe import ON_DEVICE, Budget, Preprocess, Recipe, from_dict, read_record
 from edgeres.runners import open_runner
 from edgeres.sealed import Sealed, write
+from edgeres.signature import require_key
 from edgeres.statistics import paired, unpaired
 from edgeres.targets import Target
 from edgeres.trt import Options
@@ -54,8 +55,6 @@ IMAGES = 256
 """In a bundle, unless told otherwise: a self-test takes seconds."""
 TEXT = 16 << 20
 """Bytes of a member that is read whole and parsed, at most."""
-MOST = 4096
-"""Images of the typed model's fixed batch, at most: a self-test holds them in memory."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class Bundle:
             target = read_record(Target, sealed.read(TARGET).decode(), f"{TARGET} of {path}")
             target = replace(target, tensorrt=record["tensorrt"], build=from_dict(Options, record["build"]))
             Preprocess.from_json(record["typed"]["preprocess"])
-            _check(record)
+            manifest.check(record)
             budget = from_dict(Budget, record["budget"])
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError, UsageError) as error:
             what = f"{type(error).__name__}: {error}"
@@ -104,43 +103,6 @@ class Bundle:
         return Typed(folder / MODEL, made, digest, counts["convolutions"], counts["residuals"])
 
 
-KEYS = (
-    *((key, str) for key in ("name", "target", "precision", "typed.precision", "model.digest", "images.digest")),
-    *((key, int) for key in ("typed.classes", "graph.convolutions", "graph.residuals", "model.size_bytes")),
-    *((key, int) for key in ("images.count", "images.asked", "images.of")),
-    *((key, dict) for key in ("made_with", "typed", "reference")),
-    ("images.set", str),
-    *((key, list) for key in ("images.skipped", "images.left_out")),
-)
-"""What a manifest must have."""
-TYPED = (
-    *((key, dict) for key in ("typed.quantization", "typed.chosen", "typed.layers", "typed.weights")),
-    *((key, int) for key in ("typed.batch", "typed.depth", "typed.quantization.weight_bits")),
-    *((key, list) for key in ("typed.ranges", "typed.kept_fp32")),
-    ("typed.variant", str),
-)
-"""What it may have."""
-
-
-def _check(record: dict[str, Any]) -> None:
-    """Raise unless what a self-test takes from a manifest is of its kind."""
-    for keys, optional in ((KEYS, False), (TYPED, True)):
-        for key, kind in keys:
-            value: Any = record
-            for part in key.split("."):
-                value = (value or {}).get(part) if optional else value[part]
-            wrong = type(value) is not kind or (isinstance(value, int) and not 0 <= value < 2**63)
-            if wrong and not (optional and value is None):
-                raise TypeError(f"{key} is {str(value)[:80]!r}")
-    if (batch := record["typed"].get("batch")) is not None and not 1 <= batch <= MOST:
-        raise ValueError(f"typed.batch is {batch}, not from 1 to {MOST:,}")
-    asked, skipped = record["images"]["asked"], record["images"]["skipped"]
-    if set(map(type, skipped)) - {int} or set(map(type, record["images"]["left_out"])) - {str}:
-        raise TypeError("images.skipped has other than places, or images.left_out other than names")
-    if skipped != sorted({i for i in skipped if 0 <= i < asked}) or record["images"]["count"] != asked - len(skipped):
-        raise ValueError(f"images.count and images.skipped are not of {asked:,} images")
-
-
 def make(
     job: Job, limit: int | None = IMAGES, sign_with: Path | None = None, output: Path | None = None
 ) -> dict[str, Any]:
@@ -149,10 +111,14 @@ def make(
     ``limit``: images, None for all that the recipe judges on. ``sign_with``: an SSH key (see `sealed`).
     """
     _refuse_unfit(job)
+    path = output or job.folder.with_name(f"{job.folder.name}.bundle")
+    require_writable(path)
+    if sign_with:
+        require_key(sign_with)
     most = job.recipe.validation.limit
     limit = min((n for n in (limit, most) if n is not None), default=None)
     job = replace(job, recipe=replace(job.recipe, validation=replace(job.recipe.validation, limit=limit)))
-    whole = len(pipeline.validation_images(job))  # before the minutes that the rest takes
+    whole = _whole(job)  # before the minutes that the rest takes
     typed = Typed.read(quantize_model(job))
     fp32 = ensure_model(job)
     preprocess = preprocess_of(graph.load(fp32))
@@ -195,7 +161,6 @@ def make(
         if open_pack(pack) != packed:
             hint = "make the bundle again, with no other process that makes one in this folder"
             raise StaleError(f"{job.show(pack)} changed while the bundle was made", hint=hint)
-        path = output or job.folder.with_name(f"{job.folder.name}.bundle")
         sealed = write(path, members, sign_with)
         signer = Sealed.open(path).signer
         size = path.stat().st_size
@@ -247,6 +212,19 @@ def _refuse_unfit(job: Job) -> None:
             f"--method {method} takes the calibration images while TensorRT builds, and a bundle holds none",
             hint="give --method mse",
         )
+
+
+def _whole(job: Job) -> int:
+    """Number of images that the recipe names; `UsageError` if it has a budget, and they cannot be judged."""
+    images, budget = pipeline.validation_images(job), job.recipe.budget
+    asked = {"max_drop": budget.max_drop, "min_relative": budget.min_relative, "accepted": budget.accepted}
+    if images.labels is None and (given := [key for key, value in asked.items() if value is not None]):
+        raise UsageError(
+            f"{images.root} has no labels, so that no device could ever meet the budget",
+            evidence=f"the budget has {', '.join(given)}, from the command line or [budget] of the recipe",
+            hint="give their labels (--labels), or leave the budget out: `edgeres bundle RECIPE` takes another recipe",
+        )
+    return len(images)
 
 
 def _images(job: Job, typed: Typed, fp32: Path, preprocess: Preprocess) -> ImageSet:
@@ -309,12 +287,12 @@ def _members(
     typed: Typed,
     images: Pack,
     files: dict[str, Path],
-    manifest: dict[str, Any],
+    record: dict[str, Any],
     accepted: Accepted | None,
 ) -> dict[str, Path | bytes]:
     """Name -> content, the manifest first."""
     target = resources.files("edgeres") / "targets" / f"{job.recipe.engine.target}.toml"
-    members: dict[str, Path | bytes] = {MANIFEST: _json(manifest), MODEL: typed.path}
+    members: dict[str, Path | bytes] = {MANIFEST: _json(record), MODEL: typed.path}
     if target_of(job).implicit and job.recipe.engine.precision == "int8":
         members[CACHE] = typed.path.with_suffix(".cache")
     members |= {

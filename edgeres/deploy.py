@@ -30,7 +30,7 @@ from edgeres import report, result, words
 from edgeres.benchmark import Plan
 from edgeres.bundle import Bundle
 from edgeres.errors import EdgeresError, InputError, StaleError, UsageError
-from edgeres.files import digest, sha256_file
+from edgeres.files import digest, sha256_file, write_json
 from edgeres.outcomes import beside
 from edgeres.progress import say
 from edgeres.ssh import Device, LostConnection, Stopped, client, sockets
@@ -84,6 +84,10 @@ class Parcel:
     @classmethod
     def of(cls, path: Path) -> Parcel:
         """The bundle at ``path``, opened to see that it is one."""
+        if not path.is_file():
+            raise InputError(
+                f"there is no bundle {path}", hint="after the hosts comes the file: edgeres deploy HOST FILE"
+            )
         executor = Bundle.open(path).target.executor
         return cls(path, sha256_file(path), path.stat().st_size, executor)
 
@@ -97,6 +101,7 @@ def deploy(hosts: Sequence[str], path: Path, output: Path, ways: Ways = Ways()) 
     Plan(seconds=ways.seconds)  # which the devices would refuse
     client()
     parcel = Parcel.of(path)
+    _require_writable(output)
     with tempfile.TemporaryDirectory(prefix="er-") as scratch, sockets() as near:
         wheels = Wheels(Path(scratch), _packages(parcel.executor, ways.wheels), ways.wheels)
         devices = [Device(host, Path(near), ways.options, ways.config) for host in hosts]
@@ -132,6 +137,16 @@ def deploy(hosts: Sequence[str], path: Path, output: Path, ways: Ways = Ways()) 
     return [found[host] for host in hosts]
 
 
+def _require_writable(folder: Path) -> None:
+    """Raise `InputError` if results could not be kept in ``folder``, before devices work for them."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        hint = "name another folder with -o"
+        raise InputError(f"cannot write in {folder}", evidence=error.strerror or "", hint=hint) from error
+
+
 def _packages(executor: str, more: Path | None) -> tuple[str, ...]:
     """What devices install beside edgeres: with TensorRT, a binding that is among the wheels in ``more``."""
     theirs = {name_of(wheel) for wheel in more.glob("*.whl")} if more and executor == "tensorrt" else set()
@@ -162,7 +177,10 @@ def _one(device: Device, parcel: Parcel, wheels: Wheels, ways: Ways, folder: Pat
     """All steps on one device. What fails there ends up in the record, with whatever was brought home before."""
     start = time.monotonic()
     record: Record = {"host": device.host, "met": False, "verdict": None, "result": None, "error": None, "device": None}
-    summary: Record = dict.fromkeys(("drop", "interval", "p50_ms"))
+    summary: Record = dict.fromkeys(("drop", "interval", "p50_ms", "images_needed", "reasons", "unstable"))
+    for name in FILES:  # a result of another time must not be taken for this one's
+        with suppress(FileNotFoundError):
+            (folder / name).replace(folder / f"former-{name}")
     try:
         try:
             facts = device.connect(ways.python or "python3", ways.keep, ask)
@@ -210,7 +228,8 @@ def require(facts: dict[str, str], python: str | None, executor: str, packages: 
         raise EdgeresError("the device does not run Linux", evidence=f"uname says {facts.get('system')!r}")
     if len(numbers) < 2:
         hint = "see where it is with `command -v` there" if python else "sudo apt install python3 python3-venv"
-        raise EdgeresError(f"there is no {python or 'python3'} on the device", hint=hint)
+        what = f"{python} is no Python interpreter or environment" if python else "there is no python3"
+        raise EdgeresError(f"{what} on the device", hint=hint)
     if numbers < OLDEST:
         raise EdgeresError(
             "Python on the device is too old for edgeres",
@@ -275,9 +294,14 @@ def _test(device: Device, facts: dict[str, str], parcel: Parcel, wheels: Wheels,
             device.step("environment", *arguments, stdin=data, live=lambda line: _say(device, line))
     interpreter = facts["python"] if ways.python else f"{root}/{env}/bin/python"
     _say(device, "the self-test begins")
+
+    def told(line: str) -> None:
+        if not line.startswith(f"wrote {root}/"):  # which is gone soon
+            _say(device, line.replace(f"{root}/", ""))
+
     try:
         seconds = () if ways.seconds is None else ("--seconds", f"{ways.seconds:g}")
-        device.step("selftest", interpreter, name, work, *seconds, live=lambda line: _say(device, line))
+        device.step("selftest", interpreter, name, work, *seconds, live=told)
     except EdgeresError as error:
         return error
     return None
@@ -327,6 +351,8 @@ def _bring_home(device: Device, folder: Path, failed: EdgeresError | None) -> Re
         record = result.load(path)[0]
         if sha256_file(beside(path)) != record["provenance"]["digests"].get("outcomes"):
             raise StaleError("the outcomes that came from the device are not those of the result")
+        record["provenance"]["host"] = device.host
+        write_json(path, record)
         # the result last: it names the outcomes by their digest, so that a mixture of two tests is seen
         for file in sorted(new.iterdir(), key=lambda f: f == path):
             file.replace(folder / file.name)
@@ -358,6 +384,8 @@ def _unpack(data: IO[bytes], folder: Path) -> None:
 def _summary(record: Record) -> Record:
     drop, latency = record["drop"], record["engine"]["latency_ms"]
     return {
+        **{key: record[key] for key in ("images_needed", "reasons")},
+        "unstable": report.unstable(record),
         "drop": drop["top1"] if drop else None,
         "interval": drop["interval"] if drop else None,
         "p50_ms": latency["p50"] if latency else None,
@@ -382,6 +410,7 @@ def met(records: Sequence[Record]) -> bool:
 def table(records: Sequence[Record]) -> RenderableType:
     """A line for each device, then what went wrong with the ones that failed."""
     out = plain_table("host", "device", "verdict", "drop", "95% interval", "p50 ms", title="", right=3)
+    out.columns[0].overflow = "fold"  # a name that is cut is another's
     more = list[Text]()
     for r in records:
         word = "failed" if r["error"] else r["verdict"] or "no budget"
@@ -394,5 +423,9 @@ def table(records: Sequence[Record]) -> RenderableType:
             more.append(Text.assemble(f"{r['host']}: ", (error["cause"], "red")))
             more += [Text(f"  {line}") for line in error["evidence"].splitlines()]
             more += [Text(f"  Next: {error['next']}")] if error["next"] else []
+        elif r["verdict"] not in (None, "PASS"):
+            more += [Text(f"{r['host']}: {reason}") for reason in r["reasons"]]
+        if r["unstable"]:
+            more.append(Text(f"{r['host']}: latency is not stable: {'; '.join(r['unstable'])}", "yellow"))
         more += [Text(f"{r['host']} note: {note}") for note in r["notes"]]
     return Trimmed(out, Group(*more)) if more else Trimmed(out)

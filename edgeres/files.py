@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -44,11 +45,29 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
+def require_writable(path: Path) -> None:
+    """`InputError` unless a file can be made at ``path``, whose folder is made: to look before work, not after it."""
+    try:
+        temporary = _beside(path)
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        hint = "give -o a file in a folder where you may write"
+        raise InputError(f"cannot write {path}", evidence=error.strerror or str(error), hint=hint) from error
+
+
+def _beside(path: Path) -> Path:
+    """A temporary name for ``path``, whose folder is made; `OSError` where no file can be."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return temporary_name(path)
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; it becomes ``path`` only when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
+    temporary = _beside(path)
     try:
         yield temporary
         os.replace(temporary, path)

@@ -19,17 +19,18 @@ from edgeres.bundle import ACCEPTED, CACHE, PACK, REFERENCE, Bundle
 from edgeres.data import Manifest
 from edgeres.diagnosis import board_of
 from edgeres.errors import BuildError, InputError, StaleError
-from edgeres.files import cache_folder, write_json
+from edgeres.files import cache_folder, require_writable, write_json
 from edgeres.job import BATCH
 from edgeres.latency import in_short
 from edgeres.outcomes import Outcomes, beside, join, measure
 from edgeres.pack import Pack, open_pack
 from edgeres.progress import say
-from edgeres.recipe import Preprocess
+from edgeres.recipe import Preprocess, one_of
 from edgeres.result import measured
 from edgeres.result import result as make_result
 from edgeres.runners import Runner
-from edgeres.targets import scheme_for
+from edgeres.targets import names, scheme_for
+from edgeres.trt import EXECUTORS
 from edgeres.trt.calibrator import Calibration
 from edgeres.validate import Network
 from edgeres.verdict import Accepted
@@ -54,6 +55,8 @@ def run(
     plan = Plan((1,), seconds=seconds)
     bundle = Bundle.open(path, signed_by)
     version = require_fit(bundle, target)
+    if output:
+        require_writable(output)  # before the minutes that the rest takes
     folder = work or cache_folder() / "bundles" / bundle.sealed.digest[:16]
     files = folder / "bundle"
     bundle.sealed.unpack(files)
@@ -77,7 +80,8 @@ def run(
 def require_fit(bundle: Bundle, target: str | None) -> str:
     """Version of the executor here. Raises what keeps the engine of ``bundle`` from being built and judged here."""
     name, path = bundle.manifest["target"], bundle.sealed.path
-    if target not in (None, name):
+    if target is not None and target != name:
+        one_of("target", target, names())
         raise InputError(
             f"{path} is for {name}, not for {target}", hint=f"`edgeres bundle --target {target}` makes one"
         )
@@ -212,7 +216,9 @@ def _result(
 ) -> dict[str, Any]:
     """The record of this test; the outcomes are written beside ``output``."""
     made, record = bundle.manifest, engine.record
-    fusion = {**record["fusion"], "notes": [*record["fusion"]["notes"], *notes(bundle), NO_BASELINE]}
+    # a device without onnx cannot look into a graph for the CPU, and loses nothing by it
+    looked = record["fusion"]["notes"] if record["fusion"]["operators"] or record["executor"] in EXECUTORS else []
+    fusion = {**record["fusion"], "notes": [*looked, *notes(bundle), NO_BASELINE]}
     digests = {
         "model": made["model"]["digest"],
         "images": made["images"]["set"],

@@ -7,6 +7,7 @@ check them. Keys are Ed25519: their signatures of the same bytes are the same, s
 from __future__ import annotations
 
 import base64
+import os
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,8 @@ ORDER = 2**252 + 27742317777372353535851937790883648493
 """Of Ed25519's group (RFC 8032, 5.1)."""
 PREFIX = b"SSHSIG" + (1).to_bytes(4, "big")
 MAKE_A_KEY = "give an Ed25519 key; ssh-keygen -t ed25519 makes one"
+PRIVATE = b"openssh-key-v1\0"
+"""How a private key begins (OpenSSH, PROTOCOL.key); its cipher follows, and the public key in clear."""
 GET_AGAIN = "get it again from where it was made, and do not use it"
 
 
@@ -34,10 +37,52 @@ def sign(data: bytes, key: Path) -> bytes:
     done = _ssh_keygen("sign", "-f", str(key), stdin=data)
     if done.returncode:
         said = (done.stderr or b"ssh-keygen said why").decode(errors="replace").strip()
-        raise InputError(f"cannot sign with {key}", evidence=said, hint=MAKE_A_KEY)
+        private, agent = _private(key), _locked(key) or _content(key).startswith(tuple(KINDS))
+        hint = f"ssh-add {private}, then --sign {private}.pub" if agent else MAKE_A_KEY
+        raise InputError(f"cannot sign with {key}", evidence=said, hint=hint)
     armor = _armor(_blob(done.stdout))  # in one form, whichever OpenSSH made it
     check(armor, data, key)
     return armor
+
+
+def require_key(key: Path) -> None:
+    """Raise what would keep `sign` from signing with ``key``, to look before work, not after it.
+
+    Where a person must type a passphrase or touch a security key, that is not tried: once is enough, when it signs.
+    """
+    content = _content(key)
+    person = _locked(key) or b"sk-ssh-ed25519" in content
+    if not (person and any(kind in content for kind in KINDS) and _terminal()):
+        sign(b"", key)
+
+
+def _content(key: Path) -> bytes:
+    """What is in the file of a key, a private one decoded; empty if it cannot be read."""
+    try:
+        content = key.read_bytes()
+        return _blob(content) if content.startswith(b"-----") else content
+    except (OSError, ValueError):
+        return b""
+
+
+def _private(key: Path) -> Path:
+    """The private key of ``key``, as ssh-keygen looks for it."""
+    return key.with_suffix("") if key.suffix == ".pub" else key
+
+
+def _locked(key: Path) -> bool:
+    """Whether the private key is there, under a passphrase."""
+    content = _content(_private(key))
+    return content.startswith(PRIVATE) and not content.startswith(PRIVATE + b"\0\0\0\x04none")
+
+
+def _terminal() -> bool:
+    """Whether there is one, where ssh-keygen can ask."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR))
+    except OSError:
+        return False
+    return True
 
 
 def check(armor: bytes, data: bytes, path: Path) -> bytes:

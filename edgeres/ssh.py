@@ -68,6 +68,7 @@ class Device:
         limited = ["sh", "-c", f'ulimit -f {SENT >> 9} 2>/dev/null; exec "$@"', "sh", client(), "-T", "-x", "-a"]
         self._ssh = [*limited, *(("-F", str(config)) if config else ()), *_options(ours)]
         self._rest = _options([*options, *DEFAULTS])
+        self._call = shlex.join(["ssh", *(("-F", str(config)) if config else ()), *_options(options), host])
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (it lasts as long as the connection)
         self._guard: Process | None = None
         self._stopped = self._connected = False
@@ -229,12 +230,12 @@ class Device:
         lines = [line for line in told.splitlines() if line.strip("@ ")]
         if any(line.startswith("Failed: ") for line in lines):
             return failure(lines, "")
-        cause, hint = "it cannot be reached", f"see whether `ssh {host}` works"
+        cause, hint = "it cannot be reached", f"see whether `{self._call}` works"
         if CHANGED in told:
             cause = "its host key is not the one that is known here"
             hint = f"find out why; if the device was installed anew: ssh-keygen -R {host}"
         elif UNKNOWN in told:
-            cause, hint = "its host key is not known here", f"connect once to see and accept it: ssh {host}"
+            cause, hint = "its host key is not known here", f"connect once to see and accept it: {self._call}"
         elif DENIED in told:
             cause, hint = "it lets you in with none of your keys", f"put your key there: ssh-copy-id {host}"
         return LostConnection(cause, evidence="\n".join(lines[-3:]), hint=hint)
