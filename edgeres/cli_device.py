@@ -90,11 +90,12 @@ def deploy(
     given. Exit status 1 unless every device meets the budget.
     """
     from edgeres import deploy as deployment
+    from edgeres.deploy_table import table
     from edgeres.recipe import find_workspace
 
     folder = output or find_workspace(Path.cwd()) / "engines" / "out" / "deploy"
     everywhere = [*hosts, *(deployment.read_hosts(listed) if listed else ())]
     records = deployment.deploy(everywhere, file, folder, deployment.Ways(**ways))
-    show(records, deployment.table(records))
+    show(records, table(records))
     if not deployment.met(records):
         click.get_current_context().exit(1)

@@ -22,7 +22,7 @@ from edgeres.recipe import AUTO, find_workspace, load_recipe
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-CANNOT_WRITE = {errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS}
+CANNOT_WRITE = {errno.EACCES, errno.EDQUOT, errno.EISDIR, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS}
 
 
 class Failure(click.ClickException):

@@ -22,19 +22,15 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote
 
-from rich.console import Group, RenderableType
-from rich.text import Text
-
 import edgeres
 from edgeres import report, result, words
 from edgeres.benchmark import Plan
 from edgeres.bundle import Bundle
 from edgeres.errors import EdgeresError, InputError, StaleError, UsageError
-from edgeres.files import digest, sha256_file, write_json
+from edgeres.files import digest, require_writable, sha256_file, write_json
 from edgeres.outcomes import beside
 from edgeres.progress import say
 from edgeres.ssh import Device, LostConnection, Stopped, client, sockets
-from edgeres.tables import Trimmed, plain_table
 from edgeres.wheels import Python, Wheels, name_of
 
 Record = dict[str, Any]
@@ -101,7 +97,7 @@ def deploy(hosts: Sequence[str], path: Path, output: Path, ways: Ways = Ways()) 
     Plan(seconds=ways.seconds)  # which the devices would refuse
     client()
     parcel = Parcel.of(path)
-    _require_writable(output)
+    require_writable(output / FILES[0])  # before devices work for it
     with tempfile.TemporaryDirectory(prefix="er-") as scratch, sockets() as near:
         wheels = Wheels(Path(scratch), _packages(parcel.executor, ways.wheels), ways.wheels)
         devices = [Device(host, Path(near), ways.options, ways.config) for host in hosts]
@@ -135,16 +131,6 @@ def deploy(hosts: Sequence[str], path: Path, output: Path, ways: Ways = Ways()) 
     if bugs:
         raise bugs[0]
     return [found[host] for host in hosts]
-
-
-def _require_writable(folder: Path) -> None:
-    """Raise `InputError` if results could not be kept in ``folder``, before devices work for them."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        hint = "name another folder with -o"
-        raise InputError(f"cannot write in {folder}", evidence=error.strerror or "", hint=hint) from error
 
 
 def _packages(executor: str, more: Path | None) -> tuple[str, ...]:
@@ -405,27 +391,3 @@ def _say(device: Device, line: str) -> None:
 def met(records: Sequence[Record]) -> bool:
     """Whether every device was tested and met its budget."""
     return all(record["met"] for record in records)
-
-
-def table(records: Sequence[Record]) -> RenderableType:
-    """A line for each device, then what went wrong with the ones that failed."""
-    out = plain_table("host", "device", "verdict", "drop", "95% interval", "p50 ms", title="", right=3)
-    out.columns[0].overflow = "fold"  # a name that is cut is another's
-    more = list[Text]()
-    for r in records:
-        word = "failed" if r["error"] else r["verdict"] or "no budget"
-        style = "green" if r["met"] else "red"
-        cells = [words.number(r["drop"], sign=True), words.between(r["interval"], sign=True)]
-        name = r["device"]["name"] if r["device"] else words.NONE
-        row = [r["host"], name, Text(word, style), *cells, words.milliseconds(r["p50_ms"])]
-        out.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
-        if error := r["error"]:
-            more.append(Text.assemble(f"{r['host']}: ", (error["cause"], "red")))
-            more += [Text(f"  {line}") for line in error["evidence"].splitlines()]
-            more += [Text(f"  Next: {error['next']}")] if error["next"] else []
-        elif r["verdict"] not in (None, "PASS"):
-            more += [Text(f"{r['host']}: {reason}") for reason in r["reasons"]]
-        if r["unstable"]:
-            more.append(Text(f"{r['host']}: latency is not stable: {'; '.join(r['unstable'])}", "yellow"))
-        more += [Text(f"{r['host']} note: {note}") for note in r["notes"]]
-    return Trimmed(out, Group(*more)) if more else Trimmed(out)

@@ -21,12 +21,13 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 from sshd import SSHD, Device, new_key, wait
 
 import edgeres
-from edgeres import deploy, ssh
+from edgeres import deploy, deploy_table, ssh
 from edgeres.cli import cli
-from edgeres.errors import EdgeresError
+from edgeres.errors import EdgeresError, InputError
 
 HERE = Path(__file__).parents[1]
 READY = HERE / ".venv-device"
@@ -140,7 +141,8 @@ def test_two_devices_are_tested_and_left_as_they_were(
     for name in ("one", "two"):
         folder = tmp_path / "engines" / "out" / "deploy" / name
         assert sorted(p.name for p in folder.iterdir()) == ["outcomes.npz", "result.json"]
-        assert json.loads((folder / "result.json").read_text())["images"] == 24
+        result = json.loads((folder / "result.json").read_text())
+        assert (result["images"], result["provenance"]["host"]) == (24, name)
         assert f"{name}: connected: Linux" in done.stderr
         assert devices[name].left == []
     assert "one: built" in done.stderr
@@ -653,3 +655,47 @@ def test_the_words_of_a_program_become_an_error() -> None:
     assert ssh.failure(["noise", "Error: it broke"], "").evidence == ""
     assert ssh.failure(["df: full", "Failed: no room"], "").evidence == "df: full"
     assert ssh.failure(["one", "two"], "it ended").evidence == "one\ntwo"
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_any_device_works(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write"):
+        deploy.deploy(["nowhere.invalid"], bundle, tmp_path / "file")
+    with pytest.raises(InputError, match="there is no bundle"):
+        deploy.deploy(["nowhere.invalid"], tmp_path / "box-1", tmp_path / "out")
+
+
+def test_a_former_result_is_not_taken_for_that_of_a_deploy_that_fails(bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out" / "nowhere.invalid"
+    folder.mkdir(parents=True)
+    for name in ("result.json", "outcomes.npz"):
+        (folder / name).write_text("old")
+    (record,) = deploy.deploy(["nowhere.invalid"], bundle, tmp_path / "out")
+    assert record["error"]
+    assert sorted(p.name for p in folder.iterdir()) == ["former-outcomes.npz", "former-result.json"]
+
+
+def test_the_table_says_why_and_where_and_cuts_no_name() -> None:
+    found: dict[str, Any] = {
+        "device": None,
+        "result": None,
+        "error": None,
+        "drop": 0.4,
+        "interval": [-0.1, 0.9],
+        "p50_ms": 2.0,
+    }
+    found |= {"met": False, "verdict": "NOT ENOUGH IMAGES", "images_needed": 900, "notes": [], "seconds": 1.0}
+    hosts = ["line-7-camera-12-of-the-hall-in-the-north", "line-7-camera-13-of-the-hall-in-the-north"]
+    records = [
+        {**found, "host": h, "reasons": [f"not decided for {i}"], "unstable": ["clocks changed"]}
+        for i, h in enumerate(hosts)
+    ]
+    console = Console(file=io.StringIO(), width=80)
+    console.print(deploy_table.table(records))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "\u2026" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    squeezed = re.sub(r"\s", "", text)
+    for i, host in enumerate(hosts):
+        assert f"{host}:notdecidedfor{i}" in squeezed
+        assert f"{host}:latencyisnotstable:clockschanged" in squeezed
