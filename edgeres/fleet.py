@@ -247,7 +247,9 @@ def _open(question: Question, content: Callable[[int], Any], threads: int) -> li
             # what is loaded needs its file no more
             with tempfile.TemporaryDirectory(prefix="edgeres-") as folder:
                 origin = engine.path if engine else question.fp32
-                path = Path(folder, origin.name)
+                # errors name the file, and only its folder tells engines apart
+                path = Path(folder, origin.resolve().parent.name or "model", origin.name)
+                path.parent.mkdir()
                 path.write_bytes(content(i).data)
                 if engine:
                     _opened[key] = Engine(path, engine.record).open(threads=threads)
