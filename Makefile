@@ -19,7 +19,7 @@ demo: $(READY)       ## the whole flow offline: train, export, quantize, build, 
 test: $(READY) $(BASE) $(DEVICE) ## the tests
 	$(BIN)/pytest
 
-test-slow: $(READY)  ## the tests at real sizes
+test-slow: $(READY) $(DEVICE) ## the tests at real sizes
 	$(BIN)/pytest -m slow
 
 gpu-check: $(if $(WHEELS),,$(READY)) ## all that takes an NVIDIA GPU, in one run; WHEELS=DIR: without network

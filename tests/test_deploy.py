@@ -192,6 +192,7 @@ def test_a_cut_connection_ends_the_self_test_and_the_device_cleans_up_by_itself(
     wait(lambda: one.left == [] and not running(one), "the device did not clean up")
 
 
+@pytest.mark.slow
 @needs_sshd
 @needs_device
 def test_a_connection_that_is_silent_for_too_long_counts_as_cut(
@@ -466,6 +467,7 @@ def test_one_deploy_at_a_time_and_leftovers_of_dead_ones_go(
     assert sorted(p.name for p in one.cache.iterdir()) == ["env-kept"]
 
 
+@pytest.mark.slow
 @needs_sshd
 @needs_device
 def test_an_environment_is_made_offline_kept_used_again_and_left(

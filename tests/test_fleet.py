@@ -346,6 +346,7 @@ def children() -> set[str]:
     return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
 
 
+@pytest.mark.slow
 def test_auto_starts_a_cluster_where_none_runs_and_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def init(address: str, **settings: Any) -> Any:
         asked.append(address)
