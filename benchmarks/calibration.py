@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,12 +20,12 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from loader import alone, peak, repeated, write_photos
+from common import alone, conduct, make_model, ratio
+from loader import peak, repeated, write_photos
 
 from edgeres import equalize, graph, machine
 from edgeres.calibrate import calibrate
 from edgeres.data import ImageSet
-from edgeres.files import write_json
 from edgeres.layouts import open_images
 from edgeres.loader import Batch, Loader, cores
 from edgeres.quantize import SCHEMES, int8
@@ -48,13 +47,7 @@ def main() -> None:
     parser.add_argument("--memory", type=int, nargs=2, default=(256, 2048), help="numbers of images")
     parser.add_argument("--peer-images", type=int, default=64, help="images that peers are compared on")
     parser.add_argument("--modelopt-python", type=Path, help="interpreter of an environment with nvidia-modelopt")
-    parser.add_argument("--json", type=Path, help="keep the results here")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        result = measure(args, Path(folder))
-    show(result)
-    if args.json:
-        write_json(args.json, result)
+    conduct(parser, measure, show)
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -76,20 +69,15 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "threads": cores(),
         "tensors": len(graph.activations(graph.load(model))),
         "ms_per_image": {name: round(ms, 2) for name, ms in per_image.items()},
-        "ratio_to_bare": {name: ratio(times, bare) for name, times in seconds.items()}
+        "ratio_to_bare": {name: round(ratio(times, bare), 3) for name, times in seconds.items()}
         | {name: round(ms / per_image["bare FP32 pass"], 3) for name, ms in per_image.items() if name not in seconds},
         "peer_images": len(few),
         "whole_seconds": {name: round(median(times), 2) for name, times in whole.items()},
-        "ratio_to_edgeres": {name: ratio(times, ours) for name, times in whole.items()},
+        "ratio_to_edgeres": {name: round(ratio(times, ours), 3) for name, times in whole.items()},
         "peak_mb": {n: alone(peak, calibrate_some, model, images, n, args.batch) for n in args.memory},
         "machine": machine.describe(),
         "versions": machine.versions("numba", "numpy", "onnxruntime", "pillow"),
     }
-
-
-def ratio(times: list[float], to: list[float]) -> float:
-    """Median of the ratios within each round."""
-    return round(median(t / o for t, o in zip(times, to, strict=True)), 3)
 
 
 def variants(model: Path, images: ImageSet, ready: list[Batch], batch: int) -> dict[str, Callable[[], object]]:
@@ -162,19 +150,6 @@ def calibrate_some(model: Path, images: ImageSet, count: int, batch: int) -> Non
     """Calibrate on ``count`` of the images, over and over if there are fewer."""
     images = repeated(images, -(-count // len(images))).take(range(count))
     calibrate(graph.load(model), Loader(images, PREPROCESS, batch), {})
-
-
-def make_model(path: Path) -> Path:
-    """ResNet-50 v1.5 with random weights: as fast as a trained one."""
-    import torch
-
-    from edgeres.export import export_onnx
-    from edgeres.model import resnet
-
-    torch.manual_seed(0)
-    record = {"variant": "v1.5", "weights": {"source": "random", "sha256": "0" * 64}}
-    graph.save(export_onnx(resnet(50, "v1.5"), PREPROCESS, record), path)
-    return path
 
 
 def show(result: dict[str, Any]) -> None:

@@ -12,12 +12,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import multiprocessing
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -25,14 +22,12 @@ from typing import Any
 from unittest.mock import patch
 
 import ray
-from validation import timed, write_noise
+from common import alone, conduct, make_model, ratio, timed, write_noise
 
-from calibration import make_model
 from edgeres import graph, imagenet, lineup, machine, pipeline
 from edgeres.build import Engine
 from edgeres.data import ImageSet
 from edgeres.export import export_onnx
-from edgeres.files import write_json
 from edgeres.fleet import SPARE, Fleet
 from edgeres.job import Job
 from edgeres.layouts import open_images
@@ -55,22 +50,22 @@ def main() -> None:
     parser.add_argument(
         "--memory", type=int, nargs="*", default=[1_000, 10_000, 100_000], help="numbers of tiny images"
     )
-    parser.add_argument("--json", type=Path, help="keep the results here")
-    args = parser.parse_args()
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": ""}
-    with tempfile.TemporaryDirectory() as folder, patch.object(lineup, "run", lambda *_: None):
-        result = {
-            **measure(args, Path(folder)),
-            "memory": [fresh(memory, Path(folder) / str(count), count) for count in args.memory],
-            "machine": machine.describe(),
-            "versions": {**machine.versions("numpy", "onnxruntime", "pillow"), "ray": ray.__version__},
-        }
-    show(result)
-    if args.json:
-        write_json(args.json, result)
+    conduct(parser, measure, show)
 
 
 def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
+    """Everything -> one JSON object."""
+    with patch.object(lineup, "run", lambda *_: None):
+        return {
+            **validations(args, root),
+            "memory": [alone(memory, root / str(count), count) for count in args.memory],
+            "machine": machine.describe(),
+            "versions": {**machine.versions("numpy", "onnxruntime", "pillow"), "ray": ray.__version__},
+        }
+
+
+def validations(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     """Overhead and workers -> one JSON object."""
     model = args.model.resolve() if args.model else make_model(root / "random.onnx")
     images = open_images(args.data).subset(args.images)
@@ -114,11 +109,6 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     }
 
 
-def ratio(one: list[float], other: list[float]) -> float:
-    """Median over rounds."""
-    return median(a / b for a, b in zip(one, other, strict=True))
-
-
 def write_list(images: ImageSet, path: Path) -> Path:
     """A list file of ``images`` without labels: their classes need not be the model's."""
     path.write_text("".join(f"{(images.root / p).resolve()}\n" for p in images.paths), encoding="utf-8")
@@ -151,12 +141,6 @@ def cluster(cores: int) -> Iterator[None]:
     finally:
         ray.shutdown()
         os.sched_setaffinity(0, before)
-
-
-def fresh(function: Any, *arguments: Any) -> Any:
-    """``function`` in a new process."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def memory(root: Path, count: int) -> dict[str, Any]:

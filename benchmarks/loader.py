@@ -9,21 +9,19 @@ of the ratios within a round. Memory is that of a fresh process for each variant
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import resource
-import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+from common import alone, conduct, make_model
 
 from edgeres import graph, machine
 from edgeres.data import ImageSet
-from edgeres.files import write_json
 from edgeres.images import decode
 from edgeres.layouts import open_images
 from edgeres.loader import Batch, Loader, cores
@@ -47,13 +45,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--engine", type=Path, help="engine.onnx for 224 x 224; without it, INT8 of random weights")
-    parser.add_argument("--json", type=Path, help="keep the results here")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        result = measure(args, Path(folder))
-    show(result)
-    if args.json:
-        write_json(args.json, result)
+    conduct(parser, measure, show)
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -153,12 +145,6 @@ def repeated(images: ImageSet, times: int) -> ImageSet:
     return images.take(list(range(len(images))) * times)
 
 
-def alone(function: Callable[..., Any], *args: Any) -> Any:
-    """``function(*args)`` in a fresh process."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
-
-
 def load(source: ImageSet | Path, batch: int, engine: Path | None = None) -> None:
     """Read a set or a pack through the loader, and run each batch if there is an ``engine``."""
     runner = open_runner(engine, "onnxruntime") if engine else None
@@ -202,17 +188,11 @@ def write_photos(folder: Path, count: int = 64) -> Path:
 
 def make_engine(root: Path, path: Path) -> Path:
     """INT8 ResNet-50 v1.5 with random weights, calibrated on 32 images: as fast as a trained one."""
-    import torch
-
     from edgeres.calibrate import calibrate
-    from edgeres.export import export_onnx
-    from edgeres.model import resnet
     from edgeres.quantize import int8
     from edgeres.targets import load_target, scheme_for
 
-    torch.manual_seed(0)
-    record = {"variant": "v1.5", "weights": {"source": "random", "sha256": "0" * 64}}
-    model = export_onnx(resnet(50, "v1.5"), PREPROCESS, record)
+    model = graph.load(make_model(path))
     batches = Loader(open_images(root).subset(32), PREPROCESS, 8)
     table = calibrate(model, batches, {"model": graph.digest(model)})
     graph.save(int8(model, table, scheme_for(load_target("cpu", "int8")), "minmax"), path)

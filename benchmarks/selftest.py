@@ -12,16 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from loader import alone
+from common import alone, conduct
 
 from edgeres import bundle, graph, machine
-from edgeres.files import write_json
 from edgeres.job import Job
 from edgeres.recipe import Preprocess, load_recipe
 
@@ -62,13 +60,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=(256, 10_000, 100_000), help="sizes of bundles")
     parser.add_argument("--python", type=Path, default=device, help="interpreter of the device's environment")
     parser.add_argument("--folder", type=Path, help="where there is room for 3 GB at 100,000 images; a temporary one")
-    parser.add_argument("--json", type=Path, help="keep the results here")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        result = measure(args, Path(folder))
-    show(result)
-    if args.json:
-        write_json(args.json, result)
+    conduct(parser, measure, show)
 
 
 def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:

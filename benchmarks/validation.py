@@ -10,22 +10,16 @@ set, and is left out. Each round validates the second engine and runs it bare, i
 from __future__ import annotations
 
 import argparse
-import shutil
-import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
+from common import conduct, make_model, timed, write_noise
 
-from calibration import make_model
 from edgeres import graph, lineup, machine, pipeline
 from edgeres.baseline import preprocess_of
 from edgeres.build import Engine
-from edgeres.files import write_json
 from edgeres.job import BATCH, Job
 from edgeres.layouts import open_images
 from edgeres.loader import Loader
@@ -43,13 +37,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, help="images to calibrate on; without it, noise")
     parser.add_argument("--limit", type=int, help="at most so many images")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="keep the results here")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        result = measure(args, Path(folder))
-    show(result)
-    if args.json:
-        write_json(args.json, result)
+    conduct(parser, measure, show)
 
 
 def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
@@ -95,30 +83,11 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     }
 
 
-def timed(function: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds that ``function`` takes, and what it returns."""
-    start = time.perf_counter()
-    value = function()
-    return time.perf_counter() - start, value
-
-
 def run(engine: Engine, images: Any, preprocess: Preprocess) -> None:
     """Open the engine, read every image, run it: what nobody can do without."""
     with engine.open() as runner:
         for batch in Loader(images, preprocess, BATCH):
             runner.infer(batch.pixels)
-
-
-def write_noise(folder: Path, count: int = 32) -> Path:
-    """Images to calibrate random weights on."""
-    from PIL import Image
-
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "noise").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for i in range(count):
-        Image.fromarray(rng.integers(0, 256, (256, 256, 3), np.uint8)).save(folder / "noise" / f"{i:02}.png")
-    return folder
 
 
 def show(result: dict[str, Any]) -> None:

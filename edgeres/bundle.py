@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -31,7 +30,7 @@ from edgeres.baseline import ensure_model, preprocess_of
 from edgeres.build import Engine, Typed
 from edgeres.data import ImageSet
 from edgeres.errors import InputError, StaleError, UsageError
-from edgeres.files import require_writable, to_json
+from edgeres.files import alone, require_writable, to_json
 from edgeres.job import BATCH, Job
 from edgeres.outcomes import beside
 from edgeres.pack import Pack, open_pack, write_pack
@@ -123,7 +122,7 @@ def make(
     fp32 = ensure_model(job)
     preprocess = preprocess_of(graph.load(fp32))
     images, accepted = _images(job, typed, fp32, preprocess), _accepted(job)
-    with _alone(typed.path.parent):
+    with alone(typed.path.parent, f"makes a bundle in {typed.path.parent}"):  # without locks: see StaleError below
         pack = typed.path.with_name(PACK)  # there, one that was interrupted is continued
         images = _portable(images)
         packed = write_pack(images, preprocess, pack, skip_bad=job.skip_bad)
@@ -182,28 +181,6 @@ def make(
     }
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process makes a bundle in ``folder``, as far as the system has locks of folders."""
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"another process makes a bundle in {folder}: wait for it")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:  # on some network file systems; `make` still refuses a pack that another process wrote
-            pass
-        yield
-    finally:
-        os.close(handle)  # and with it the lock
-
-
 def _refuse_unfit(job: Job) -> None:
     """Raise `UsageError` for a recipe whose engine takes more to build than travels."""
     method = job.recipe.calibration.method
@@ -216,9 +193,8 @@ def _refuse_unfit(job: Job) -> None:
 
 def _whole(job: Job) -> int:
     """Number of images that the recipe names; `UsageError` if it has a budget, and they cannot be judged."""
-    images, budget = pipeline.validation_images(job), job.recipe.budget
-    asked = {"max_drop": budget.max_drop, "min_relative": budget.min_relative, "accepted": budget.accepted}
-    if images.labels is None and (given := [key for key, value in asked.items() if value is not None]):
+    images, given = pipeline.validation_images(job), job.recipe.budget.given
+    if images.labels is None and given:
         raise UsageError(
             f"{images.root} has no labels, so that no device could ever meet the budget",
             evidence=f"the budget has {', '.join(given)}, from the command line or [budget] of the recipe",

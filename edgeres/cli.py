@@ -61,7 +61,7 @@ def _show_model(show: Any, path: Path) -> None:
     show({"model": str(path), **graph.metadata(graph.load(path))}, str(path))
 
 
-@command("like", "input-size", "resize", "labels", "limit", "seed", "model", "skip-bad", "output")
+@command("like", "input-size", "resize", "labels", "limit", "seed", "model", "skip-bad", "output", resumes=True)
 @click.argument("source", metavar="SOURCE")
 def pack(show: Any, source: str, like: str | None, model: Path | None, skip_bad: bool, output: Path | None) -> None:
     """Images -> one file of preprocessed pixels.
@@ -88,7 +88,7 @@ def pack(show: Any, source: str, like: str | None, model: Path | None, skip_bad:
     show({"pack": str(path), "images": len(packed), "preprocess": preprocess.to_json()}, str(path))
 
 
-@command(*NETWORK, *MEASURE, "output")
+@command(*NETWORK, *MEASURE, "output", resumes=True)
 def calibrate(show: Any, output: Path | None, **options: Any) -> None:
     """FP32 ONNX + images -> range table."""
     from edgeres.ranges import calibrate_model
@@ -97,7 +97,7 @@ def calibrate(show: Any, output: Path | None, **options: Any) -> None:
     show({"table": str(path)}, str(path))
 
 
-@command(*NETWORK, *QUANTIZE, "output")
+@command(*NETWORK, *QUANTIZE, "output", resumes=True)
 def quantize(show: Any, output: Path | None, **options: Any) -> None:
     """FP32 ONNX + range table -> typed ONNX for a target."""
     from edgeres import graph
@@ -113,7 +113,7 @@ def quantize(show: Any, output: Path | None, **options: Any) -> None:
     show(value, str(path))
 
 
-@command(*NETWORK, *QUANTIZE, "build", "output")
+@command(*NETWORK, *QUANTIZE, "build", "output", resumes=True)
 def build_engine(show: Any, output: Path | None, **options: Any) -> None:
     """Build an engine, and whatever it needs that is missing."""
     from edgeres import pipeline
@@ -125,7 +125,7 @@ def build_engine(show: Any, output: Path | None, **options: Any) -> None:
 JUDGE = ("data", "limit", "max-drop", "min-relative", "accepted", "seed", "skip-bad")
 
 
-@command("depth", "variant", "precision", "target", "model", "labels", *JUDGE, "shard", "ray", "ray-cpus")
+@command("depth", "variant", "precision", "target", "model", "labels", *JUDGE, "shard", "ray", "ray-cpus", resumes=True)
 @click.argument("engines", nargs=-1, type=PATH)
 def validate(
     show: Any, engines: tuple[Path, ...], shard: str | None, ray: str | None, ray_cpus: int | None, **options: Any
@@ -223,7 +223,7 @@ def benchmark(
     show(value, shown)
 
 
-@command("weights", "calibration", *JUDGE, "force", "output")
+@command("weights", "calibration", *JUDGE, "force", "output", resumes=True)
 @click.argument("recipe", type=PATH)
 def run(show: Any, recipe: Path, output: Path | None, **options: Any) -> None:
     """Weights to verdict, from one recipe.
@@ -291,7 +291,7 @@ def doctor(show: Any, matrix: bool) -> None:
     show(*report(matrix))
 
 
-@command("variant", "seed")
+@command("variant", "seed", resumes=True)
 def demo(show: Any) -> None:
     """The whole flow, offline, on handwritten digits.
 

@@ -28,7 +28,7 @@ def _images(_ctx: click.Context, _param: click.Parameter, value: str) -> int | N
     raise click.BadParameter(f"{value!r} is no number of images: give 256, say, or all")
 
 
-@command(*NETWORK, *QUANTIZE, *JUDGE, "output")
+@command(*NETWORK, *QUANTIZE, *JUDGE, "output", resumes=True)
 @click.argument("recipe", type=PATH, required=False)
 @click.option("--limit", metavar="N|all", default="256", callback=_images, help="Images to send along; 256.")
 @click.option("--sign", metavar="KEY", type=PATH, help="Sign with this SSH key (Ed25519), private or in an agent.")
@@ -44,7 +44,7 @@ def bundle(show: Any, limit: int | None, sign: Path | None, output: Path | None,
     show(value, value["bundle"])
 
 
-@command("output")
+@command("output", resumes=True)
 @click.argument("file", type=PATH)
 @click.option("--target", help="Refuse a bundle for another target.")
 @click.option("--signed-by", metavar="PUB", type=PATH, help="Refuse a bundle not signed by this SSH key, a .pub file.")

@@ -54,8 +54,15 @@ class Commands(click.Group):
             if error.errno not in CANNOT_WRITE:
                 raise
             cause = f"cannot write {error.filename or 'a file'}"
-            hint = "make room there, or write elsewhere with -o or from another workspace"
+            hint = f"make room there, or write elsewhere: {self._elsewhere(ctx)}"
             raise _failure(ctx, EdgeresError(cause, evidence=error.strerror or "", hint=hint)) from error
+
+    def _elsewhere(self, ctx: click.Context) -> str:
+        """How the command that failed can be told to write to another place."""
+        command = self.get_command(ctx, ctx.invoked_subcommand or "")
+        options = {name for option in command.params for name in option.opts} if command else set()
+        ways = [f"with {name}" for name in ("-o", "--work") if name in options]
+        return ", ".join([*ways, "from another workspace"])
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)  # in the order of the flow, not of the alphabet
@@ -68,8 +75,11 @@ def _failure(ctx: click.Context, error: EdgeresError) -> Failure:
     return Failure(error)
 
 
-def command_of(group: click.Group, *names: str) -> Callable[[F], Any]:
-    """A command of ``group`` with `OPTIONS` by name, --json and --quiet, called with ``show(value, *renderables)``."""
+def command_of(group: click.Group, *names: str, resumes: bool = False) -> Callable[[F], Any]:
+    """A command of ``group`` with `OPTIONS` by name, --json and --quiet, called with ``show(value, *renderables)``.
+
+    ``resumes``: what a Ctrl-C leaves is where the next call goes on, unless that is on a Ray cluster.
+    """
 
     def decorate(function: F) -> Any:
         @functools.wraps(function)
@@ -89,7 +99,12 @@ def command_of(group: click.Group, *names: str) -> Callable[[F], Any]:
 
             click.get_current_context().meta["json"] = as_json
             with progress.to(None if quiet else Console(stderr=True)):
-                return function(show=show, **kwargs)
+                try:
+                    return function(show=show, **kwargs)
+                except KeyboardInterrupt:
+                    if resumes and not kwargs.get("ray"):
+                        progress.say("what is finished is kept: the same command goes on from there")
+                    raise
 
         # the outermost decorator is the first line of --help
         decorated: Any = click.option("--quiet", is_flag=True, help="No progress on stderr.")(wrapper)

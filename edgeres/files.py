@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeres.errors import InputError, UsageError
+from edgeres.progress import say
 from edgeres.remote import Place
 
 
@@ -73,6 +74,43 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(path: Path, what: str) -> Iterator[None]:
+    """Wait until no other process is in such a block for ``path``, as far as the system has locks.
+
+    ``path`` is a folder, or a file that is made if missing, and that the block may rename or remove at its end.
+    ``what`` that process does is said to who waits.
+    """
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    while True:
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"another process {what}: wait for it")
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            except OSError:  # some network file systems have none
+                pass
+            if _is_at(path, handle):
+                yield
+                return
+        finally:
+            os.close(handle)  # and with it the lock
+
+
+def _is_at(path: Path, handle: int) -> bool:
+    """Whether the open file is still the one at ``path``."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

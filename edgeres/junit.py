@@ -15,7 +15,7 @@ FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def junit(results: list[Record]) -> str:
-    """The document. FAIL and NOT ENOUGH IMAGES are failures; a result without a budget is a skipped case."""
+    """The document. All but PASS are failures; a result without a budget is a skipped case."""
     root = ElementTree.Element("testsuites", name="edgeres")
     totals = {"tests": 0, "failures": 0, "skipped": 0}
     for name, r in zip(labels(results), results, strict=True):

@@ -13,7 +13,7 @@ import numpy as np
 from edgeres import benchmark, graph
 from edgeres.benchmark import PRESETS, Plan
 from edgeres.build import RECORD, Engine
-from edgeres.errors import EdgeresError, StaleError, UsageError
+from edgeres.errors import EdgeresError, InputError, StaleError, UsageError
 from edgeres.job import Job
 from edgeres.latency import in_short
 from edgeres.loader import cores, normalizer
@@ -67,12 +67,12 @@ def lineup(job: Job, engines: list[Engine]) -> tuple[list[Entry], list[str]]:
         for missing in [k for k in _wanted(first, have) if k not in have]:
             if missing in beside:
                 entries.append(_entry(beside[missing]))
-            elif first.record["executor"] in EXECUTORS:
-                notes.append(f"no {missing} engine to compare with; to build it: {_how(missing, target, first)}")
-            elif missing == "FP32":
+            elif missing == "FP32" and first.record["executor"] not in EXECUTORS:
                 entry, note = _model(job, first)
                 entries += [entry] if entry else []
                 notes += [note] if note else []
+            elif missing[:4].lower() in load_target(target).precisions:
+                notes.append(f"no {missing} engine to compare with; to build it: {_how(missing, target, first)}")
     return sorted(entries, key=lambda entry: KINDS.index(entry.kind)), notes
 
 
@@ -205,15 +205,21 @@ def _how(missing: str, target: str, beside: Engine) -> str:
 
 
 def _model(job: Job, engine: Engine) -> tuple[Entry | None, str]:
-    """The FP32 model, in the engine's own executor; or why not. One that the user named must be the right one."""
+    """The FP32 model, in the engine's own executor; or why not. One that the user named must be the right one.
+
+    Else it is the one of the workspace or one beside the engine's folder, whichever has the engine's digest.
+    """
     record, folder = engine.record, engine.path.parent
-    beside = folder.with_name(folder.name.removesuffix(f"-{record['precision']}-{record['target']}") + ".onnx")
-    for path in [job.model] if job.model else [job.fp32, beside]:
-        if path == job.model or path.is_file():
+    usual = folder.with_name(folder.name.removesuffix(f"-{record['precision']}-{record['target']}") + ".onnx")
+    for path in [job.model] if job.model else dict.fromkeys([job.fp32, usual, *sorted(folder.parent.glob("*.onnx"))]):
+        try:
             if graph.digest(graph.load(path)) == record["made_from"]["model"]:
                 return Entry("FP32", record["target"], path.name, _opener(path, record["executor"])), ""
+        except InputError:  # one that is not there, or that nobody asked for and that is damaged
             if job.model:
-                raise StaleError(f"{job.show(engine.path)} was built from another model than {job.show(path)}")
+                raise
+    if job.model:
+        raise StaleError(f"{job.show(engine.path)} was built from another model than {job.show(job.model)}")
     return None, f"no FP32 model to compare {folder.name} with; name it with --model"
 
 

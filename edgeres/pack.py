@@ -23,7 +23,7 @@ import numpy as np
 
 from edgeres.data import ImageSet
 from edgeres.errors import EdgeresError, InputError
-from edgeres.files import digest, read_json, write_json
+from edgeres.files import alone, digest, read_json, write_json
 from edgeres.loader import read_ahead, recycled, refuse_all_bad, refuse_bad
 from edgeres.pixels import PAGE, VERSION, Header, Pixels, damaged, open_pixels
 from edgeres.progress import say, track
@@ -133,7 +133,8 @@ def write_pack(images: ImageSet, preprocess: Preprocess, path: str | Path, *, sk
     """Decode, resize and crop ``images`` into a pack at ``path``; the same input gives the same bytes.
 
     What an interrupted call leaves in ``path``.part the next one continues, if images and preprocess are the same, and
-    otherwise begins anew. A whole pack of the same input is left as it is. Memory is bounded by a few batches.
+    otherwise begins anew. A whole pack of the same input is left as it is. Of two processes the second waits. Memory is
+    bounded by a few batches.
     """
     path = Path(path)
     images.require(preprocess)
@@ -145,24 +146,30 @@ def write_pack(images: ImageSet, preprocess: Preprocess, path: str | Path, *, sk
         "sha256": images.hashes(),
     }
     made_from = digest([VERSION, record])
-    if (there := _finished(path, made_from)) is not None and (skip_bad or not there.skipped):
-        say(f"{path} is up to date")
+    if (there := _finished(path, made_from, skip_bad)) is not None:
         return there
     path.parent.mkdir(parents=True, exist_ok=True)
     part = _Part(path, made_from, preprocess.crop)
-    part.resume()
-    part.append(images, preprocess, skip_bad)
-    part.finish(record)
-    return open_pack(path)
+    with alone(part.file, f"writes {path}"):
+        if (there := _finished(path, made_from, skip_bad)) is not None:  # by that process
+            part.remove()
+            return there
+        part.resume()
+        part.append(images, preprocess, skip_bad)
+        part.finish(record)
+        return open_pack(path)
 
 
-def _finished(path: Path, made_from: str) -> Pack | None:
-    """The pack at ``path``, if it is whole and was made from the same."""
+def _finished(path: Path, made_from: str, skip_bad: bool) -> Pack | None:
+    """The pack at ``path``, if it is whole, was made from the same, and lacks no image unless that is allowed."""
     try:
         pack = open_pack(path)
     except InputError:
         return None
-    return pack if pack.made_from == made_from else None
+    if pack.made_from != made_from or (pack.skipped and not skip_bad):
+        return None
+    say(f"{path} is up to date")
+    return pack
 
 
 class _Part:
@@ -229,7 +236,7 @@ class _Part:
                     f.flush()
                     self._note()
         if len(self.bad) == len(images):
-            self._remove()
+            self.remove()
             refuse_all_bad(images, [(images.paths[i], reason) for i, reason in self.bad])
 
     def _note(self) -> None:
@@ -259,9 +266,10 @@ class _Part:
             f.write(header.to_page())
             f.flush()
             os.fsync(f.fileno())  # the name must not be there before the bytes are
-        os.replace(self.file, self.path)
-        self._remove()
-
-    def _remove(self) -> None:
-        self.file.unlink(missing_ok=True)
         self.journal.unlink(missing_ok=True)
+        os.replace(self.file, self.path)  # last: from now on the next process may begin a part
+
+    def remove(self) -> None:
+        """Leave nothing behind."""
+        self.journal.unlink(missing_ok=True)
+        self.file.unlink(missing_ok=True)

@@ -26,8 +26,14 @@ THUMBNAILS = 60
 """At most this many in a page, however many results it shows."""
 SHORT = 6
 """Letters of a name that has room within a chart, beside its point."""
-VERDICTS = {"PASS": ("pass", "✓"), "FAIL": ("fail", "✗"), "NOT ENOUGH IMAGES": ("open", "?"), None: ("none", NONE)}
-"""Word -> its style, and the sign beside it: color alone says nothing to some."""
+VERDICTS = {
+    "FAIL": ("fail", "✗"),
+    "NO LABELS": ("open", "?"),
+    "NOT ENOUGH IMAGES": ("open", "?"),
+    "PASS": ("pass", "✓"),
+    None: ("none", NONE),
+}
+"""Word -> its style, and the sign beside it: color alone says nothing to some. The worst comes first."""
 
 
 def page(results: list[Record], engines: Sequence[Record | None] = (), images: ImageSet | None = None) -> str:
@@ -66,7 +72,7 @@ def content(results: list[Record], engines: Sequence[Record | None] = (), images
         for name, r, engine in zip(names, results, known, strict=True)
     ]
     words = [r["verdict"] for r in results]
-    worst = next((word for word in ("FAIL", "NOT ENOUGH IMAGES", "PASS") if word in words), None)
+    worst = next((word for word in VERDICTS if word in words), None)
     models = " and ".join(dict.fromkeys(r["model"] for r in results))
     return {
         "title": f"{models}: {', '.join(names)}",

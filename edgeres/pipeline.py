@@ -191,7 +191,8 @@ def images_to_judge(job: Job, classes: int) -> ImageSet:
     images = images.subset(job.recipe.validation.limit, job.recipe.seed)
     validate.check_labels(images.labels, classes)
     if images.labels is None:
-        say("the images have no labels: fidelity is measured, accuracy is not")
+        unmet = ", and the budget cannot be met" if job.recipe.budget.given else ""
+        say(f"the images have no labels: fidelity is measured, accuracy is not{unmet}")
     return images
 
 

@@ -207,6 +207,11 @@ class Budget:
         if self.min_relative is not None and self.min_relative > 100:
             raise UsageError(f"budget.min_relative is {self.min_relative}", hint="it is a percentage: 99, for example")
 
+    @property
+    def given(self) -> list[str]:
+        """The keys of what is to be judged."""
+        return [key for key in ("max_drop", "min_relative", "accepted") if getattr(self, key) is not None]
+
 
 @dataclass(frozen=True)
 class Recipe:

@@ -154,7 +154,7 @@ def _table(title: str, rows: list[list[str]]) -> Table:
 
 
 def verdicts(results: list[Record]) -> list[Text]:
-    """A line per engine with a budget, then what the user should know about each engine."""
+    """A line per engine with a budget, then what the user should know about each engine and each benchmark."""
     lines = []
     for name, r in zip(labels(results), results, strict=True):
         word = r["verdict"]
@@ -166,26 +166,27 @@ def verdicts(results: list[Record]) -> list[Text]:
         if r["shard"]:
             part = f"shard {r['shard']['index']} of {r['shard']['of']}, {r['images']:,} of {r['images_of']:,} images"
             lines.append(Text(f"{name} note: {part}; `edgeres report merge` makes one result of all"))
-        if doubts := unstable(r):
-            lines.append(Text(f"{name} latency is not stable: {'; '.join(doubts)}", style="yellow"))
         lines += [Text(f"{name} note: {note}") for note in r["notes"]]
         if r["skipped"]:
             lines.append(Text(f"{name} note: {len(r['skipped'])} unreadable images left out"))
+    named = zip(labels(results), results, strict=True)
+    for _, benchmark in itertools.groupby(named, key=lambda each: each[1]["latency"]):
+        names, measured = zip(*benchmark, strict=True)
+        if doubts := unstable(*measured):
+            lines.append(Text(f"{' and '.join(names)} latency is not stable: {'; '.join(doubts)}", style="yellow"))
     return lines
 
 
-def unstable(r: Record) -> list[str]:
-    """What makes the latency of a result doubtful, of FP32 or of the engine; empty if it was measured and is steady."""
-    sides = [Column("", "", r, r[key], key == "engine") for key in ("baseline", "engine")]
-    runners = {c.side["name"]: c.runner for c in sides if c.runner and not c.runner["stable"]}
-    if not runners:
-        return []
-    own = [f"{name}: {warning}" for name, runner in runners.items() for warning in runner["warnings"]]
-    return own + list((r["latency"] or {})["conditions"]["warnings"])
+def unstable(*results: Record) -> list[str]:
+    """What makes the latency of ``results`` of one benchmark doubtful, of FP32 or an engine; empty if it is steady."""
+    sides = [Column("", "", r, r[key], key == "engine") for key in ("baseline", "engine") for r in results]
+    shaky = [c for c in sides if c.runner and not c.runner["stable"]]
+    own = [f"{c.side['name']}: {warning}" for c in shaky for warning in (c.runner or {})["warnings"]]
+    return list(dict.fromkeys(own)) + (results[0]["latency"]["conditions"]["warnings"] if shaky else [])
 
 
 class Check(NamedTuple):
-    """One budget: which, PASS, FAIL or NOT ENOUGH IMAGES, and why in a sentence."""
+    """One budget: which, one of `result.VERDICTS`, and why in a sentence."""
 
     budget: str
     word: str
@@ -212,5 +213,5 @@ def reasons(r: Record) -> list[str]:
 
 
 def met(results: list[Record]) -> bool:
-    """Whether every result with a budget passed. NOT ENOUGH IMAGES is no pass."""
+    """Whether every result with a budget passed. NOT ENOUGH IMAGES is no pass, nor is NO LABELS."""
     return all(r["verdict"] in (None, "PASS") for r in results)

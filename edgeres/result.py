@@ -19,6 +19,9 @@ from edgeres.validate import Comparison, Shard
 FORMAT = "edgeres result 2"
 FORMER = "edgeres result 1"
 """Of edgeres before 0.2: without labels, intervals of accuracies, classes, flipped images, reasons, shards."""
+VERDICTS = ("PASS", "NOT ENOUGH IMAGES", "NO LABELS", "FAIL")
+"""What a budget may come to. Only the first is a pass; without labels no number of images would be."""
+WORD = ", ".join(VERDICTS)
 MOST_FLIPPED = 200
 """Changed answers that are listed one by one."""
 
@@ -169,13 +172,14 @@ FIELDS = (
     ("object", "provenance.versions provenance.machine"),
     ("object?", "drop flips shard budget.accepted latency *.latency_ms provenance.quantization"),
     ("list", "skipped flipped reasons notes"),
-    ("list?", "classes layers ranges"),
+    ("list?", "classes layers ranges verdicts"),
     ("object", "flipped[] flipped[].* classes[] layers[] ranges[]"),
     ("text", "name model target precision *.name *.precision skipped[] reasons[] notes[] budget.accepted.path"),
     ("text", "flipped[].path flipped[].kind layers[].name ranges[].tensor"),
     ("text", "provenance.digests.model provenance.digests.images provenance.digests.engine"),
     ("text?", "classes[].name"),
-    ("PASS, NOT ENOUGH IMAGES, FAIL?", "verdict"),
+    (f"{WORD}?", "verdict"),
+    (WORD, "verdicts[]"),
     ("true or false", "labels"),
     ("count", "images images_of flipped_total flips.right_to_wrong flips.wrong_to_right shard.index shard.of"),
     ("count", "*.size_bytes *.latency_ms.batch *.latency_ms.samples flipped[].index flipped[].*.answer"),
@@ -217,6 +221,7 @@ def load(path: Path) -> list[dict[str, Any]]:
         try:
             if form == FORMER:
                 _fill(record)
+            record.setdefault("verdicts", None)  # the first results of this format have none
             wrong = next(_wrong(record), None)
         except (AttributeError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
             wrong = f"{type(error).__name__}: {error}"
@@ -279,7 +284,7 @@ def _is(value: Any, kind: str) -> bool:
         "object": lambda: isinstance(value, dict),
         "list": lambda: isinstance(value, list),
         "text": lambda: isinstance(value, str),
-        "PASS, NOT ENOUGH IMAGES, FAIL": lambda: value in ("PASS", "NOT ENOUGH IMAGES", "FAIL"),
+        WORD: lambda: value in VERDICTS,
         "true or false": lambda: isinstance(value, bool),
         "number": lambda: number,
         "count": lambda: number and isinstance(value, int) and value >= 0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from edgeres.recipe import Budget
 from edgeres.statistics import Interval, paired, unpaired
 from edgeres.validate import Comparison
 
-PASS, OPEN, FAIL = "PASS", "NOT ENOUGH IMAGES", "FAIL"
+PASS, OPEN, UNLABELLED, FAIL = result.VERDICTS
 LARGE = 10_000
 """Images of which not one may be lost for any budget to be met, even of 0: with 95% confidence the engine then loses
 fewer than 3 in 10,000 (Hanley and Lippman-Hand 1983, "If nothing goes wrong, is everything all right?", JAMA 249).
 No interval of a sample reaches 0, however large it is.
 """
+MOST = 10**9
+"""Images that anybody might have: a number needed above it is not named."""
 
 
 def enough(allowed: float) -> int:
@@ -32,7 +35,7 @@ def enough(allowed: float) -> int:
 
 @dataclass(frozen=True)
 class Verdict:
-    """``word`` is PASS, FAIL or NOT ENOUGH IMAGES; ``images_needed`` estimates how many would decide the last.
+    """``word`` is one of `result.VERDICTS`; ``images_needed`` estimates how many would decide NOT ENOUGH IMAGES.
 
     It is None too where the drop seen is so close to the budget that no number can be named. ``reason``: a sentence.
     """
@@ -44,13 +47,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Loss:
-    """Points of top-1 lost over ``images``, with the 95% interval; where nothing is lost for sure, ``proof`` says why.
+    """Points of top-1 lost over ``images``; where nothing is lost for sure, ``proof`` says why.
 
-    ``lossless``: not one image was lost, which many more of the same kind would make a proof.
+    ``among``: the 95% interval, of this many images or of another number with the same shares. ``lossless``: not one
+    image was lost, which many more of the same kind would make a proof.
     """
 
     seen: float
-    interval: Interval
+    among: Callable[[int], Interval]
     images: int
     proof: str = ""
     lossless: bool = False
@@ -61,7 +65,11 @@ class Loss:
         proof = identical
         if not proof and not lost and images >= LARGE:
             proof = f"not one right answer of {images:,} images is lost"
-        return cls(100 * (lost - won) / images, paired(lost, won, images), images, proof, not lost)
+
+        def among(n: int) -> Interval:
+            return paired(lost * n / images, won * n / images, n)
+
+        return cls(100 * (lost - won) / images, among, images, proof, not lost)
 
     @classmethod
     def of(cls, c: Comparison) -> Loss:
@@ -69,20 +77,28 @@ class Loss:
         identical = "every logit is the baseline's to the last bit" if c.identical == c.images else ""
         return cls.paired(c.right_to_wrong, c.wrong_to_right, c.images, identical)
 
+    @property
+    def interval(self) -> Interval:
+        """95% interval of the loss in points."""
+        return self.among(self.images)
+
     def judge(self, allowed: float) -> tuple[str, int | None]:
         """PASS if even the worst end of the interval is within ``allowed`` points, FAIL if even the best is not."""
-        best, worst = self.interval
-        if worst <= allowed or (self.proof and allowed >= 0):
+
+        def word(images: int) -> str:
+            best, worst = self.among(images)
+            if worst <= allowed or (self.lossless and images >= LARGE and allowed >= 0):
+                return PASS
+            return FAIL if best > allowed else OPEN
+
+        if self.proof and allowed >= 0:
             return PASS, None
-        if best > allowed:
-            return FAIL, None
-        # the interval narrows with the square root of the number of images, around the drop seen so far
-        room = abs(allowed - (best + worst) / 2)
-        needed = self.images * ((worst - best) / 2 / room) ** 2 if room else math.inf
-        if self.lossless and allowed >= 0:
-            needed = min(needed, enough(allowed))
-        if needed > 1e9:
-            return OPEN, None  # the drop seen is the budget itself: no number can be named
+        if (found := word(self.images)) != OPEN:
+            return found, None
+        more = range(self.images, MOST)
+        needed = self.images + bisect.bisect_left(more, True, key=lambda n: word(n) != OPEN)
+        if needed == MOST:
+            return OPEN, None  # the drop seen is the budget itself, or hardly another: no number can be named
         magnitude = 10 ** max(0, math.floor(math.log10(needed)) - 1)
         return OPEN, math.ceil(needed / magnitude) * magnitude
 
@@ -130,9 +146,9 @@ class Accepted:
             identical = "every answer is that of the accepted engine to the last bit" if same else ""
             return Loss.paired(lost, won, len(rows), identical), "image by image"
         n = self.record["images"]
-        before_after = (round(self.record["engine"]["top1"] * n / 100), n), (int(after.sum()), len(rows))
-        (a, m), (b, k) = before_after
-        return Loss(100 * (a / m - b / k), unpaired(*before_after), k), "not image by image"
+        hits, share = round(self.record["engine"]["top1"] * n / 100), float(after.mean())
+        loss = Loss(100 * (hits / n - share), lambda m: unpaired((hits, n), (share * m, m)), len(rows))
+        return loss, "not image by image"
 
 
 def judge(budget: Budget, accepted: Accepted | None, rows: Outcomes, images: str, whole: bool = True) -> dict[str, Any]:
@@ -141,7 +157,7 @@ def judge(budget: Budget, accepted: Accepted | None, rows: Outcomes, images: str
     ``images`` is the digest of the set that ``rows`` are of. Unless they are the ``whole`` of it, nothing is judged.
     """
     verdicts = _verdicts(budget, accepted, rows, images) if whole else []
-    word = next((w for w in (FAIL, OPEN, PASS) if any(v.word == w for v in verdicts)), None)
+    word = next((w for w in reversed(result.VERDICTS) if any(v.word == w for v in verdicts)), None)
     needed = [v.images_needed for v in verdicts if v.word == OPEN]
     known = [n for n in needed if n is not None]
     return {
@@ -164,14 +180,9 @@ def budget_record(budget: Budget, accepted: Accepted | None) -> dict[str, Any]:
 
 def _verdicts(budget: Budget, accepted: Accepted | None, rows: Outcomes, images: str) -> list[Verdict]:
     """A verdict for every budget that is given."""
-    asked = {
-        "max_drop": budget.max_drop,
-        "min_relative": budget.min_relative,
-        "accepted": budget.max_loss if accepted else None,
-    }
     if not rows.labels:
-        given = [key for key, value in asked.items() if value is not None]
-        return [Verdict(OPEN, None, f"the images have no labels: not decided for {key}") for key in given]
+        why = "the images have no labels, so that accuracy cannot be judged"
+        return [Verdict(UNLABELLED, None, f"{why}: not decided for {key}") for key in budget.given]
     c = Comparison.of(rows)
     loss, found = Loss.of(c), []
     if budget.max_drop is not None:

@@ -104,6 +104,13 @@ class Page:
             raise RuntimeError(json.dumps(answer["exceptionDetails"])[:500])
         return answer["result"].get("value")
 
+    def until(self, expression: str, value: Any) -> Any:
+        """The value of an expression once it is ``value``, or what it still is after a long time."""
+        end = time.monotonic() + PATIENCE
+        while (found := self.run(expression)) != value and time.monotonic() < end:
+            time.sleep(0.01)
+        return found
+
     def press(self, key: str, code: int, text: str = "") -> None:
         """Press a key of the keyboard."""
         key_of = {"key": key, "code": key, "windowsVirtualKeyCode": code, "text": text}

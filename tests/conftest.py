@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
-from edgeres import benchmark, energy, graph, machine
+from edgeres import benchmark, energy, graph, machine, progress
 from edgeres.calibrate import RangeTable, calibrate
 from edgeres.data import ImageSet
 from edgeres.export import export_onnx
@@ -73,6 +76,23 @@ def tiny_path(tmp_path_factory: pytest.TempPathFactory, preprocess: Preprocess) 
     return path
 
 
+def picture(width: int, height: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def save(path: Path, pixels: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def folder_of(root: Path, *names: str) -> Path:
+    """A file for each of ``names``, of another 8 x 8 picture."""
+    for i, name in enumerate(names):
+        save(root / name, picture(8, 8, i))
+    return root
+
+
 def write_images(root: Path, per_class: int, seed: int) -> Path:
     """Smooth random images of several sizes and shapes, PNG and JPEG, in one folder per class."""
     rng = np.random.default_rng(seed)
@@ -127,6 +147,19 @@ def measure(model: Any, *batches: Batch) -> RangeTable:
 @pytest.fixture(scope="module")
 def table(tiny: Any) -> RangeTable:
     return measure(tiny, batch())
+
+
+def told(function: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[Any, str]:
+    """What ``function`` returns, and what it tells the user."""
+    console = Console(file=io.StringIO(), width=300)
+    with progress.to(console):
+        result = function(*arguments, **options)
+    return result, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def pytorch(model: torch.nn.Module, images: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model.eval()(torch.from_numpy(images)).numpy()
 
 
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the trained checkpoints and images in {SHARED}")

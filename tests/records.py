@@ -13,6 +13,11 @@ from edgeres.files import write_json
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SHA = {"int8": "8" * 64, "fp16": "f" * 64}
 P50 = {"FP32": 5.67, "FP16": 5.4, "INT8": 2.43}
+NEW = (
+    *("labels", "classes", "flipped", "flipped_total", "reasons", "verdicts", "shard", "images_of"),
+    *("latency", "layers", "ranges"),
+)
+"""Fields that results of the first format had not."""
 DROPS = {"int8": (0.05, -0.09, 0.19), "fp16": (0.0, -0.02, 0.02)}
 
 
@@ -179,6 +184,7 @@ def record(
         "budget": {"max_drop": 0.5, "min_relative": None, "accepted": None},
         "verdict": "PASS",
         "images_needed": None,
+        "verdicts": None,
         "reasons": ["top-1 drop is 0.05 points, at worst 0.19: within the budget of 0.5"],
         "notes": [],
         "latency": latency(),

@@ -143,11 +143,12 @@ def test_images_without_labels_are_validated(workspace: Path, tiny_path: Path, e
     validate = ("validate", "--model", tiny_path, "--precision", "fp16", "--data", "list.txt")
     result = edgeres(*validate, "--json")
     assert result.exit_code == 0, result.stderr
-    assert "have no labels" in result.stderr
+    assert "accuracy is not\n" in result.stderr
     assert (json.loads(result.stdout)["labels"], json.loads(result.stdout)["drop"]) == (False, None)
     assert edgeres(*validate).exit_code == 0
     budget = edgeres(*validate, "--max-drop", 1, "--json")
-    assert (budget.exit_code, json.loads(budget.stdout)["verdict"]) == (1, "NOT ENOUGH IMAGES")
+    assert (budget.exit_code, json.loads(budget.stdout)["verdict"]) == (1, "NO LABELS")
+    assert "the budget cannot be met" in budget.stderr
 
 
 def test_several_engines_are_judged_side_by_side(workspace: Path, tiny_path: Path, edgeres: Run) -> None:
@@ -391,3 +392,42 @@ def test_a_disk_that_cannot_be_written_is_json_too(
 
     monkeypatch.setattr("edgeres.inspect.targets", full)
     assert json.loads(edgeres("targets", "--json").stdout)["error"]["cause"] == "cannot write there"
+
+
+@pytest.mark.parametrize(
+    ("command", "function", "ways"),
+    [
+        ("selftest", "edgeres.selftest.run", "with -o, with --work, from another workspace"),
+        ("card", "edgeres.card.write_card", "with -o, from another workspace"),
+        ("validate", "edgeres.build.Engine.load", "from another workspace"),
+    ],
+)
+def test_where_else_to_write_is_what_the_command_has_an_option_for(
+    workspace: Path, edgeres: Run, monkeypatch: pytest.MonkeyPatch, command: str, function: str, ways: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "there")
+
+    monkeypatch.setattr(function, full)
+    assert edgeres(command, "a.bundle").stderr.endswith(f"Next: make room there, or write elsewhere: {ways}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "goes_on"),
+    [
+        (("validate", "engine"), True),
+        (("validate", "engine", "--ray", "auto"), False),  # it begins anew
+        (("validate", "engine", "--quiet"), False),
+        (("benchmark", "engine"), False),
+    ],
+)
+def test_a_command_that_was_stopped_says_whether_it_can_go_on(
+    workspace: Path, edgeres: Run, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], goes_on: bool
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("edgeres.build.Engine.load", stopped)
+    found = edgeres(*arguments)
+    assert ("the same command goes on from there" in found.stderr) is goes_on
+    assert (found.exit_code, "Aborted!" in found.stderr) == (1, True)

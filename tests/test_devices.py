@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_nvml import no_library
 
 from edgeres import devices
 from edgeres.devices import Gpu, Jetson
@@ -70,10 +71,6 @@ class FakeCuda:
 
 def loads(cuda: Any) -> Any:
     return lambda name: cuda
-
-
-def no_library(name: str) -> Any:
-    raise OSError(f"{name}: cannot open shared object file: No such file or directory")
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import CLASSES, tiny_resnet
+from conftest import CLASSES, pytorch, tiny_resnet
 from torch import nn
 
 from edgeres import export, graph
@@ -37,11 +37,6 @@ def session(model: Any) -> onnxruntime.InferenceSession:
 
 def run(model: Any, images: np.ndarray) -> np.ndarray:
     return session(model).run(None, {"input": images})[0]
-
-
-def pytorch(model: nn.Module, images: np.ndarray) -> np.ndarray:
-    with torch.no_grad():
-        return model.eval()(torch.from_numpy(images)).numpy()
 
 
 def written(path: Path) -> Any:

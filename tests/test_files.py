@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,23 @@ def test_what_can_be_written_is_known_before_and_nothing_is_left(tmp_path: Path)
         assert why in error.value.evidence
         assert error.value.evidence
         assert "-o" in error.value.hint
+
+
+def test_who_waited_for_a_file_that_is_gone_holds_a_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, waits, held = tmp_path / "a.part", threading.Event(), list[bool]()
+    monkeypatch.setattr(files, "say", lambda text: waits.set())
+
+    def wait() -> None:
+        with files.alone(path, "writes it"):
+            held.append(path.is_file())
+
+    other = threading.Thread(target=wait)
+    with files.alone(path, "writes it"):
+        other.start()
+        assert waits.wait(10)
+        path.rename(tmp_path / "a")
+    other.join()
+    assert held == [True]
 
 
 def test_to_json_writes_null_for_what_is_not_finite() -> None:

@@ -10,7 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import CLASSES, tiny_resnet
+from conftest import CLASSES, pytorch, tiny_resnet
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
@@ -39,11 +39,6 @@ def run(model: Any, images: np.ndarray, output: str | None = None) -> np.ndarray
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     return session.run([output] if output else None, {session.get_inputs()[0].name: images})[0]
-
-
-def pytorch(model: nn.Module, images: np.ndarray) -> np.ndarray:
-    with torch.no_grad():
-        return model.eval()(torch.from_numpy(images)).numpy()
 
 
 def torch_onnx(model: nn.Module, path: Path, dynamo: bool = False, **options: Any) -> Path:

@@ -236,7 +236,7 @@ def test_whatever_was_done_closing_gives_all_memory_back(gpu: Gpu) -> None:
     for _ in range(2):  # what is loaded once for the process
         cycle()
     before = free()
-    for _ in range(10):
+    for _ in range(4):  # TensorRT-RTX compiles for seconds in each
         cycle()
     assert before - free() < 16 << 20  # a single engine left behind holds 100 MB of weights
 

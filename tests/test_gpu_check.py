@@ -28,7 +28,7 @@ from edgeres.model import Bottleneck, ResNet, describe, resnet
 GPU = Path(__file__).parents[1] / "benchmarks" / "gpu"
 MADE_UP = """
 import os, signal, subprocess, sys, time
-from outcome import Skip, under_way
+from outcome import Skip, left, so_far, under_way
 
 def look(work):
     gpu = {"name": "Made Up", "capability": "8.9"}
@@ -51,6 +51,16 @@ def slow(work):
     grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     (work / "pid").write_text(str(grandchild.pid))
     under_way(work, "sleep")
+    time.sleep(60)
+
+def complain(work):
+    print("first of all")
+    raise ZeroDivisionError("by zero")
+
+def hang(work):
+    assert 0 < left() < 3
+    so_far(work, "hang", {"rate": 7, "bad": float("nan")})
+    under_way(work, "the second thing")
     time.sleep(60)
 
 def refuse(work):
@@ -223,6 +233,67 @@ def test_an_interruption_keeps_what_was_found(frame: SimpleNamespace, monkeypatc
     assert result["parts"]["third"]["reason"] == "interrupted"
 
 
+def test_the_file_has_what_was_found_after_every_part(frame: SimpleNamespace) -> None:
+    seen: list[dict[str, Any]] = []
+    todo = [frame.part("well", "one"), frame.part("crash"), frame.part("well", "skipped", needs=("crash",))]
+    env = frame.check.environment(None)
+    last = frame.check.check(
+        todo, frame.work, env, time.monotonic(), 60.0, lambda r: seen.append(json.loads(json.dumps(r)))
+    )
+    assert [[*r["parts"]] for r in seen] == [["one"], ["one", "crash"]]
+    assert [r["status"] for r in [*seen, last]] == ["unfinished", "unfinished", "failed"]
+    assert seen[0]["machine"]["gpus"][0]["name"] == "Made Up"
+
+
+def test_who_ends_the_whole_still_gets_what_was_found(tmp_path: Path, frame: SimpleNamespace) -> None:
+    script = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import check; from parts import Part\n"
+        "check.PROBE = Part('machine', 'made_up:look')\n"
+        "check.parts = lambda s: [Part(n, f'made_up:{n}', limit=50, least=0) for n in ('well', 'slow', 'partly')]\n"
+        "check.main()\n"
+    )
+    path, work = tmp_path / "gpu.json", tmp_path / "kept"
+    command = [sys.executable, "-c", script, str(GPU), "-o", str(path), "--work", str(work)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        for _ in range(200):
+            if (work / "pid").exists():
+                break
+            time.sleep(0.1)
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        assert (kept["status"], [*kept["parts"]]) == ("unfinished", ["well"])
+        run.terminate()
+        assert run.wait(20) == 1
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert [found["status"] for found in result["parts"].values()] == ["ok", "failed", "skipped"]
+    assert result["parts"]["slow"]["reason"] == "interrupted"
+
+
+def test_parts_that_were_ok_are_not_done_again(frame: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    todo = [frame.part("well"), frame.part("crash"), frame.part("fussy", again=True)]
+    first = frame.run(*todo, frame.part("well", "late", least=100.0))
+    assert [found["status"] for found in first["parts"].values()] == ["ok", "failed", "failed", "skipped"]
+    capsys.readouterr()
+    second = frame.run(*todo, frame.part("well", "late"))
+    assert second["parts"]["well"] == first["parts"]["well"]
+    assert second["parts"]["late"]["status"] == "ok"
+    assert [found["status"] for found in second["parts"].values()] == ["ok", "failed", "failed", "ok"]
+    assert capsys.readouterr().err.count("in an earlier run") == 1
+
+
+def test_a_failure_has_the_end_of_its_log(frame: SimpleNamespace) -> None:
+    found = frame.run(frame.part("complain"), frame.part("well"))["parts"]
+    assert found["complain"]["log"][0] == "first of all"
+    assert "ZeroDivisionError: by zero" in found["complain"]["log"]
+    assert "log" not in found["well"]
+    assert (frame.work / "complain.log").read_text().startswith("first of all")
+
+
+def test_what_a_part_kept_before_it_was_ended_is_in_the_file(frame: SimpleNamespace) -> None:
+    found = frame.run(frame.part("hang", limit=3.0))["parts"]["hang"]
+    assert (found["status"], found["record"]) == ("failed", {"rate": 7, "bad": None})
+    assert found["reason"].startswith("ended after 3 s, its limit; at the second thing")
+
+
 def test_every_part_names_a_function_and_what_comes_before_it(kit: Callable[[str], Any]) -> None:
     seen: set[str] = set()
     todo = kit("parts").parts(480)
@@ -235,6 +306,7 @@ def test_every_part_names_a_function_and_what_comes_before_it(kit: Callable[[str
         seen.add(part.name)
     assert len(seen) == len(todo)
     assert [p.limit for p in kit("parts").parts(960)] == [2 * p.limit for p in todo]
+    assert kit("parts").parts(60) == todo
 
 
 def test_wheels_are_installed_once_without_a_network(
@@ -321,10 +393,39 @@ def test_the_tests_that_need_a_gpu_are_counted(kit: Callable[[str], Any], tmp_pa
     found = suite.run(tmp_path, tests)
     assert (found["passed"], found["failed"]) == (1, ["tests.test_some::test_three"])
     assert "1 == 2" in found["messages"][0]
+    assert list(found["checks"]) == ["pytest -m gpu passes (tests.test_some::test_three)"]
     assert not all(found["checks"].values())
     (tests / "test_some.py").write_text(SUITE.replace("def test_one(): pass\n", ""), encoding="utf-8")
     with pytest.raises(kit("outcome").Skip, match="all 1 tests skipped: no such card"):
         suite.run(tmp_path, tests)
+
+
+HANGS = """
+import os, pytest, warnings
+pytestmark = pytest.mark.gpu
+@pytest.mark.parametrize("what", ["a b", "c"])
+def test_one(what): warnings.warn("of another version of a package")
+@pytest.mark.skip(reason="no such card")
+def test_two(): pass
+def test_three(): assert 1 == 2
+def test_four(): os._exit(3)
+"""
+
+
+def test_tests_before_one_that_ends_it_all_are_counted(kit: Callable[[str], Any], tmp_path: Path) -> None:
+    suite, outcome, tests = kit("suite"), kit("outcome"), tmp_path / "tests"
+    tests.mkdir()
+    ini = "[pytest]\nmarkers = gpu: needs one\nfilterwarnings = error\n"
+    (tmp_path / "pytest.ini").write_text(ini, encoding="utf-8")
+    (tests / "test_some.py").write_text(HANGS, encoding="utf-8")
+    with pytest.raises(RuntimeError, match="status 3 and no report"):
+        suite.run(tmp_path, tests)
+    found = outcome.record_of(tmp_path, "pytest -m gpu")
+    assert (found["passed"], found["failed"]) == (2, ["tests/test_some.py::test_three"])
+    assert [*found["skipped"]] == ["1 tests"]
+    assert (
+        kit("answers").line("pytest -m gpu", {"status": "ok", "reason": "", "record": found}) == "2 passed, 1 skipped"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -483,12 +584,14 @@ class Runner:
 @pytest.fixture
 def engine(kit: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """An engine folder that opens as `Runner`."""
-    found = SimpleNamespace(log=list[str](), opened=list[bool](), values=itertools.repeat(1.0))
+    found = SimpleNamespace(log=list[str](), opened=list[bool](), values=itertools.repeat(1.0), graph="a graph")
 
     def load(folder: Path) -> SimpleNamespace:
         def opened(graphs: bool = False) -> Runner:
             found.opened.append(graphs)
-            return Runner(found.log, next(found.values))
+            runner = Runner(found.log, next(found.values))
+            runner._slots = [SimpleNamespace(graph=found.graph if graphs else None)]
+            return runner
 
         return SimpleNamespace(open=opened)
 
@@ -505,6 +608,11 @@ def test_an_engine_side_takes_computation_from_the_gpu(kit: Callable[[str], Any]
     assert side.logits.shape == (2, 4)
     side.close()
     assert engine.log[-1] == "close"
+    engine.graph = None
+    with pytest.raises(kit("outcome").Skip, match="cannot be captured"):
+        kit("sides").EngineSide(Path(), kit("nets").pixels(2, 32), True)
+    assert engine.log.count("close") == 2
+    kit("sides").EngineSide(Path(), kit("nets").pixels(2, 32), False)
 
 
 class Made:
@@ -544,7 +652,7 @@ def speed(kit: Callable[[str], Any], models: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(module, "makers", lambda work, pixels: made)
         return dict(module.measure(models, 8, seconds=0.0, **more))
 
-    return SimpleNamespace(measure=measure, log=log, module=module)
+    return SimpleNamespace(measure=measure, log=log, module=module, work=models)
 
 
 def test_sides_take_turns_and_are_compared(speed: SimpleNamespace, kit: Callable[[str], Any], models: Path) -> None:
@@ -610,8 +718,38 @@ def test_a_side_that_takes_too_long_is_left_out(speed: SimpleNamespace) -> None:
     assert time.monotonic() - start < 10
     slow = Made(1.0, np.eye(4), [], "slow")
     slow.compute = lambda: time.sleep(0.02) or 20.0  # type: ignore[method-assign,assignment]
-    found = speed.module.in_turn({"slow": slow}, 60.0, 0.05)
+    found = speed.module.in_turn({"slow": slow}, 60.0, 0.05)  # whatever the time, once
     assert len(found["slow"]["compute"]) == 1
+
+
+def test_a_side_that_was_too_slow_elsewhere_is_not_waited_for(
+    speed: SimpleNamespace, kit: Callable[[str], Any]
+) -> None:
+    late = TimeoutError(f"{speed.module.LATE} 35 s")
+    sides = {"PyTorch FP32": ("fp32", 8.0), "PyTorch FP16, compiled": ("fp16", late), "rtx FP16": ("fp16", 2.0)}
+    found = speed.measure(sides)
+    assert found["skipped"] == {"PyTorch FP16, compiled": "not ready after 35 s"}
+    outcome, work = kit("outcome"), speed.work
+    outcome.write(outcome.kept(work, "speed at batch 1"), outcome.outcome("ok", record=found))
+    sides["PyTorch FP16, compiled"] = ("fp16", AssertionError("opened"))
+    try:
+        found = speed.measure(sides)
+    finally:
+        outcome.kept(work, "speed at batch 1").unlink()
+    assert found["skipped"] == {"PyTorch FP16, compiled": "not ready after 35 s, at another batch size"}
+
+
+def test_what_takes_longest_to_open_comes_last_and_others_keep_their_order(
+    speed: SimpleNamespace, kit: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sides = {"PyTorch FP32": ("fp32", 8.0), "PyTorch FP16, compiled": ("fp16", 3.0), "rtx FP16": ("fp16", 2.0)}
+    opened, real = list[str](), speed.module.under_way
+    monkeypatch.setattr(speed.module, "under_way", lambda work, what="": (opened.append(what), real(work, what)))
+    assert list(speed.measure(sides)["sides"]) == list(sides)
+    assert opened == ["PyTorch FP32", "rtx FP16", "PyTorch FP16, compiled", ""]
+    monkeypatch.setenv(kit("outcome").UNTIL, str(time.time() - 1))
+    with pytest.raises(kit("outcome").Skip, match="nothing to compare: PyTorch FP32: no time; rtx FP16: no time"):
+        speed.measure(sides)
 
 
 def test_without_any_side_there_is_nothing_to_compare(speed: SimpleNamespace, kit: Callable[[str], Any]) -> None:
@@ -622,9 +760,10 @@ def test_without_any_side_there_is_nothing_to_compare(speed: SimpleNamespace, ki
 def test_engines_that_were_built_are_sides_with_and_without_a_graph(
     kit: Callable[[str], Any], tmp_path: Path, engine: SimpleNamespace
 ) -> None:
-    folder = kit("plans").folder_of(tmp_path, "rtx", "v1.5", "int8")
-    folder.mkdir()
-    (folder / "engine.json").write_text("{}", encoding="utf-8")
+    outcome = kit("outcome")
+    outcome.write(outcome.kept(tmp_path, "rtx v1.5 int8"), outcome.outcome("failed", record={"usable": True}))
+    outcome.write(outcome.kept(tmp_path, "rtx v1.5 fp16"), outcome.outcome("failed"))  # it crashed
+    kit("plans").folder_of(tmp_path, "rtx", "v1.5", "fp16").mkdir()
     found = kit("speed").makers(tmp_path, kit("nets").pixels(1, 32))
     mine = [name for name in found if name.startswith(("rtx", "desktop"))]
     assert mine == ["rtx INT8", "rtx INT8, CUDA graph"]
@@ -669,14 +808,46 @@ def test_tensorrt_rtx_that_does_not_know_a_gpu_is_skipped_with_what_it_says(
     kit: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tensorrt_rtx")
+    plans, raised = kit("plans"), BuildError("TensorRT could not load the plan")
+
+    def refuse(plan: Path, executor: str) -> None:
+        raise raised
+
+    monkeypatch.setattr(plans, "open_cuda", lambda extra: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(plans, "TensorRtRunner", refuse)
+    monkeypatch.setattr(plans, "TRIED", ("8.6",))
     monkeypatch.setattr(devices, "gpus", lambda: [devices.Gpu("Made Up", "9.0", 1 << 30, False)])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with pytest.raises(kit("outcome").Skip, match=r"does not run on compute capability 9.0: validity INVALID"):
-        kit("plans").start(tmp_path, "tensorrt-rtx")
+    with pytest.raises(kit("outcome").Skip, match=r"does not run on compute capability 9.0: validity INVALID") as skip:
+        plans.start(tmp_path, "tensorrt-rtx")
+    assert "built for: {'8.6': 'INVALID (" in str(skip.value)
+    assert "could not load the plan" in str(skip.value)
     assert (tmp_path / "tensorrt-rtx.plan").stat().st_size > 1000
     monkeypatch.setattr(devices, "gpus", lambda: [devices.Gpu("Made Up", "8.9", 1 << 30, False)])
-    with pytest.raises((BuildError, MissingDependency)):  # one that it should know is tried
-        kit("plans").start(tmp_path, "tensorrt-rtx")
+    with pytest.raises(BuildError):  # one that it should know
+        plans.start(tmp_path, "tensorrt-rtx")
+    monkeypatch.undo()
+    monkeypatch.setattr(devices, "gpus", lambda: [devices.Gpu("Made Up", "9.0", 1 << 30, False)])
+    monkeypatch.setattr(plans, "open_cuda", lambda extra: refuse(tmp_path, extra))
+    with pytest.raises(BuildError):  # CUDA does not work, which says nothing of the library
+        plans.start(tmp_path, "tensorrt-rtx")
+
+
+def test_tensorrt_rtx_is_tried_also_where_it_calls_a_plan_not_valid(
+    kit: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    plans, answer = kit("plans"), 27.0
+    runner = SimpleNamespace(infer=lambda pixels: np.full((2, 4), answer, np.float32))
+    monkeypatch.setattr(plans, "TensorRtRunner", lambda plan, executor: nullcontext(runner))
+    monkeypatch.setattr(plans, "open_cuda", lambda extra: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(plans, "TRIED", ())
+    monkeypatch.setattr(devices, "gpus", lambda: [devices.Gpu("Made Up", "9.0", 1 << 30, False)])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    found = plans.start(tmp_path, "tensorrt-rtx")
+    assert (found["validity"], found["checks"]) == ("INVALID", {"a small plan computes what it should": True})
+    answer = 3.0
+    assert not all(plans.start(tmp_path, "tensorrt-rtx")["checks"].values())
 
 
 def test_a_plan_is_shown_as_its_inspector_tells_it(kit: Callable[[str], Any]) -> None:
@@ -732,14 +903,16 @@ def test_the_benchmark_runs_without_and_with_graphs(
 
         return SimpleNamespace(open=opened)
 
+    outcome = kit("outcome")
     for precision in ("fp16", "int8"):
-        plans.folder_of(tmp_path, "rtx", "v1.5", precision).mkdir()
+        outcome.write(outcome.kept(tmp_path, f"rtx v1.5 {precision}"), outcome.outcome("ok", record={"usable": True}))
     monkeypatch.setattr(plans.build, "Engine", SimpleNamespace(load=load))
     found = plans.benchmark(tmp_path, "rtx", seconds=0.01)
     assert list(found["plain"]["runners"]) == ["fp16", "int8"]
     assert found["plain"]["runners"]["int8"]["split"]["compute"] == 2.5
     assert [point["batch"] for point in found["plain"]["sweep"]] == [1, 8, 32]
     assert found["skipped"] == {"with CUDA graphs": "CUDA graphs need cuda-python"}
+    assert list(outcome.record_of(tmp_path, "rtx benchmark")["plain"]["runners"]) == ["fp16", "int8"]  # kept meanwhile
     assert log.count("close") == 2
 
 
@@ -783,7 +956,10 @@ def test_memory_that_does_not_come_back_fails(
 def test_fewer_repetitions_in_the_time_are_said(
     kit: Callable[[str], Any], engine: SimpleNamespace, leaky: Callable[[int, int], list[int]]
 ) -> None:
-    leaky(0, 0)
+    looks = leaky(0, 0)
+    with pytest.raises(kit("outcome").Skip, match="of 100 in 0 s, which tells nothing of memory"):
+        kit("endurance").cycles(Path(), "rtx", seconds=1e-9)
+    looks.clear()
     for what in ("cycles", "inferences"):
         found = getattr(kit("endurance"), what)(Path(), "rtx", seconds=0.05, times=10**9)
         assert 0 < found[what] < 10**9

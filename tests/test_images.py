@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import picture, save
 from PIL import Image
 
 from edgeres import images as images_module
@@ -17,16 +18,6 @@ from edgeres.images import PRESETS, decode, normalize, open_image, preset, resiz
 from edgeres.recipe import Preprocess
 
 EXACT = Preprocess(crop=8, resize=8, interpolation="nearest")
-
-
-def picture(width: int, height: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-
-
-def save(path: Path, pixels: np.ndarray) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-    return path
 
 
 # decoding

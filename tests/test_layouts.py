@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SHARED, shared
+from conftest import SHARED, folder_of, picture, save, shared
 from PIL import Image
 from rich.console import Console
 
@@ -22,22 +22,6 @@ from edgeres.loader import Loader
 from edgeres.recipe import Preprocess
 
 EXACT = Preprocess(crop=8, resize=8, interpolation="nearest")
-
-
-def picture(width: int, height: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-
-
-def save(path: Path, pixels: np.ndarray) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-    return path
-
-
-def folder_of(root: Path, *names: str) -> Path:
-    for i, name in enumerate(names):
-        save(root / name, picture(8, 8, i))
-    return root
 
 
 # class folders

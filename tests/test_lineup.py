@@ -23,6 +23,7 @@ from edgeres.runners import Runner
 from edgeres.targets import load_target
 
 MODEL = "m" * 64
+NO_FP16 = "no FP16 engine to compare with; to build it: edgeres build-engine --precision fp16 --target cpu"
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +77,7 @@ def kinds(entries: list[Entry]) -> list[str]:
 def test_on_a_cpu_the_baseline_is_the_fp32_model_in_the_engines_own_executor(job: Job, engine: Engine) -> None:
     entries, notes = lineup.lineup(job, [engine])
     assert kinds(entries) == ["FP32", "INT8"]
-    assert notes == []
+    assert notes == [NO_FP16]
     with entries[0].open(False, None) as fp32, engine.open() as runner:
         assert type(fp32) is type(runner)
 
@@ -86,7 +87,7 @@ def test_another_or_no_fp32_model_is_said_and_not_built(job: Job, engine: Engine
     model = graph.load(beside)
     model.graph.initializer[0].raw_data = bytes(len(model.graph.initializer[0].raw_data))
     graph.save(model, beside)
-    words = ["no FP32 model to compare tiny-int8-cpu with; name it with --model"]
+    words = ["no FP32 model to compare tiny-int8-cpu with; name it with --model", NO_FP16]
     assert lineup.lineup(job, [engine])[1] == words
     beside.unlink()
     entries, notes = lineup.lineup(job, [engine])
@@ -106,6 +107,19 @@ def test_the_model_of_the_workspace_will_do_too(job: Job, engine: Engine, tiny_p
     (tmp_path / "engines" / "out" / "tiny.onnx").unlink()
     job.fp32.write_bytes(tiny_path.read_bytes())
     assert kinds(lineup.lineup(job, [engine])[0]) == ["FP32", "INT8"]
+
+
+def test_a_model_under_another_name_is_found_by_its_digest(job: Job, engine: Engine, tmp_path: Path) -> None:
+    usual = tmp_path / "engines" / "out" / "tiny.onnx"
+    usual.rename(usual.with_name("mine.onnx"))
+    usual.with_name("damaged.onnx").write_bytes(b"cut")
+    entries, notes = lineup.lineup(job, [engine])
+    assert ([entry.folder for entry in entries], notes) == (["mine.onnx", "tiny-int8-cpu"], [NO_FP16])
+
+
+def test_a_target_without_fp16_is_not_asked_for_it(job: Job, engine: Engine) -> None:
+    openvino = Engine(engine.path, {**engine.record, "target": "cpu-openvino", "executor": "openvino"})
+    assert lineup.lineup(job, [openvino])[1] == []
 
 
 def test_an_fp32_engine_that_was_named_is_the_baseline(job: Job, tiny_path: Path, tmp_path: Path) -> None:
@@ -235,7 +249,7 @@ def test_a_record_has_its_title_and_its_notes(job: Job, engine: Engine) -> None:
     record = lineup.run(job, [engine], Plan())
     assert record["title"] == "tiny-int8-cpu on cpu, 32 x 32"
     assert list(record["runners"]) == ["FP32", "INT8"]
-    assert (record["batch"], record["notes"]) == (1, [])
+    assert (record["batch"], record["notes"]) == (1, [NO_FP16])
     assert record["sources"] == {"FP32": "tiny.onnx", "INT8": "tiny-int8-cpu"}
     assert record["speedup"]["INT8"]["of_p50"] > 0
     json.dumps(record)
@@ -295,10 +309,10 @@ def test_streams_of_a_cpu_have_sessions_of_their_own_with_a_share_of_the_cores(
     monkeypatch.setattr(lineup, "physical_cores", lambda: cores)
     record = lineup.run(job, [engine], Plan(streams=streams, seconds=0.01))
     assert opened == [share] * 2 * streams  # the FP32 model's too
-    assert record["notes"] == [words]
+    assert record["notes"] == [NO_FP16, words]
     assert Opened.alive == []
     opened.clear()
-    assert lineup.run(job, [engine], Plan(seconds=0.01))["notes"] == []
+    assert lineup.run(job, [engine], Plan(seconds=0.01))["notes"] == [NO_FP16]
     assert opened == [None] * 2
 
 

@@ -132,7 +132,7 @@ def test_labels_are_not_needed(job: Job, tmp_path: Path) -> None:
     (whole,) = load(validate(unlabelled))
     merged = merge([validate(unlabelled, Shard(i, 3)) for i in (1, 2, 3)], tmp_path / "result.json", job.root)
     assert digits(load(tmp_path / "result.json")[0]) == digits(whole)
-    assert (merged["labels"], merged["verdict"]) == (False, "NOT ENOUGH IMAGES")
+    assert (merged["labels"], merged["verdict"]) == (False, "NO LABELS")
     assert 0 < merged["flipped_total"] < 147
 
 

@@ -6,31 +6,25 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from conftest import folder_of
 
-from edgeres import data, pixels
+from edgeres import data, files, pixels
 from edgeres.data import ImageSet, Manifest
 from edgeres.errors import InputError, MissingDependency
 from edgeres.images import decode
 from edgeres.layouts import open_images
 from edgeres.loader import Loader
-from edgeres.pack import Pack, open_pack, write_pack
+from edgeres.pack import Pack, _Part, open_pack, write_pack
 from edgeres.pixels import HEADER, MAGIC, PAGE
 from edgeres.recipe import Preprocess
 
 SMALL = Preprocess(crop=8, resize=8, interpolation="nearest")
-
-
-def folder_of(root: Path, *names: str) -> Path:
-    for i, name in enumerate(names):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)).save(root / name)
-    return root
 
 
 @pytest.fixture
@@ -339,6 +333,31 @@ def test_a_whole_pack_of_the_same_is_not_made_again_and_of_another_is(
     assert seen == []
     assert len(write_pack(images.subset(5), SMALL, packed.root)) == 5
     assert len(seen) == 5
+
+
+def test_of_two_processes_that_write_one_pack_the_second_waits_and_takes_what_is_there(
+    images: ImageSet, packed: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, waits, note = tmp_path / "new" / "set.pack", threading.Event(), _Part._note
+    found: list[Pack] = []
+    other = threading.Thread(target=lambda: found.append(write_pack(images, SMALL, path)))
+
+    def while_the_other_begins(part: _Part) -> None:
+        if other.ident is None:
+            other.start()
+            while other.is_alive() and not waits.wait(0.01):
+                pass
+        note(part)
+
+    seen = counting(monkeypatch)
+    monkeypatch.setattr(_Part, "_note", while_the_other_begins)
+    monkeypatch.setattr(files, "say", lambda text: waits.set() if "wait for it" in text else None)
+    pack = write_pack(images, SMALL, path)
+    other.join()
+    assert found == [pack]
+    assert len(seen) == 100
+    assert path.read_bytes() == packed.root.read_bytes()
+    assert list(path.parent.iterdir()) == [path]
 
 
 # files that are refused

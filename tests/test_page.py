@@ -85,7 +85,8 @@ def test_the_verdict_comes_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "css"), [("PASS", "pass"), ("FAIL", "fail"), ("NOT ENOUGH IMAGES", "open"), (None, "none")]
+    ("word", "css"),
+    [("PASS", "pass"), ("FAIL", "fail"), ("NOT ENOUGH IMAGES", "open"), ("NO LABELS", "open"), (None, "none")],
 )
 def test_a_verdict_has_a_style_and_a_word(word: str | None, css: str) -> None:
     reader = Reader(page([record(verdict=word, reasons=["why"] if word else [])]))
@@ -97,6 +98,7 @@ def test_a_verdict_has_a_style_and_a_word(word: str | None, css: str) -> None:
 
 def test_of_several_results_the_worst_verdict_is_in_the_title() -> None:
     assert words(record("fp16"), record(verdict="FAIL")).startswith(" FAIL: ")
+    assert words(record("fp16"), record(verdict="NO LABELS")).startswith(" NO LABELS: ")
 
 
 def test_numbers_are_those_of_the_record() -> None:
@@ -438,7 +440,7 @@ def test_a_click_on_a_kind_leaves_its_answers_alone(opened: Page) -> None:
 def test_every_link_leads_to_its_part(opened: Page) -> None:
     for target in opened.run("[...document.querySelectorAll('nav a')].map(a => a.getAttribute('href'))"):
         opened.click(f"nav a[href='{target}']")
-        assert opened.run("location.hash") == target
+        assert opened.until("location.hash", target) == target
         assert opened.run(f"document.querySelector('{target}').tagName") == "SECTION"
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import told
 from onnx import numpy_helper
 from PIL import Image
-from rich.console import Console
 
-from edgeres import graph, pipeline, progress, ranges, typed
+from edgeres import graph, pipeline, ranges, typed
 from edgeres.build import Engine
 from edgeres.calibrate import RangeTable
 from edgeres.errors import BuildError, EdgeresError, InputError, UsageError
@@ -35,13 +34,6 @@ def make(workspace: Path, tiny_path: Path) -> Make:
         return Job(load_recipe(workspace, flags=layers), workspace, model=tiny_path)
 
     return job
-
-
-def told(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
-    console = Console(file=io.StringIO(), width=300)
-    with progress.to(console):
-        result = function(*arguments)
-    return result, console.file.getvalue()  # type: ignore[attr-defined]
 
 
 CASES = [

@@ -16,8 +16,8 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+from conftest import folder_of
 from fsspec.implementations.memory import MemoryFileSystem
-from PIL import Image
 
 from edgeres import pipeline, pixels, remote
 from edgeres.data import ImageSet, Manifest
@@ -101,13 +101,6 @@ def there(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counted]:
         kept.clear()
     Counted.cut = 0
     Counted.pseudo_dirs[:] = [""]
-
-
-def folder_of(root: Path, *names: str) -> Path:
-    for i, name in enumerate(names):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)).save(root / name)
-    return root
 
 
 def put(there: Counted, path: Path) -> str:

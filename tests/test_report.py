@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from records import P50, latency, record, save
+from records import NEW, P50, latency, record, save
 from rich.console import Console
 from rich.text import Text
 
@@ -33,7 +33,6 @@ FORMER = {
     "flips": {"right_to_wrong": 14, "wrong_to_right": 8},
     "budget": {"max_drop": 0.5},
 }
-NEW = ("labels", "classes", "flipped", "flipped_total", "reasons", "shard", "images_of", "latency", "layers", "ranges")
 
 
 def former(tmp_path: Path, **changes: Any) -> dict[str, Any]:
@@ -279,3 +278,18 @@ def test_a_latency_that_is_not_stable_says_so_and_why() -> None:
     r["latency"]["runners"]["INT8"] |= {"stable": False, "warnings": ["times scatter"]}
     r["latency"]["conditions"]["warnings"] = ["clocks changed"]
     assert "INT8 latency is not stable: INT8: times scatter; clocks changed" in plain(verdicts([r]))
+
+
+def test_what_engines_of_one_benchmark_share_is_said_once() -> None:
+    shared = latency()
+    shared["runners"]["FP32"] |= {"stable": False, "warnings": ["times drift"]}
+    shared["runners"]["INT8"] |= {"stable": False, "warnings": ["times scatter"]}
+    other = record(target="rtx", latency=latency(seed=9))
+    other["latency"]["runners"]["FP32"] |= {"stable": False, "warnings": ["times drift"]}
+    other["latency"]["conditions"]["warnings"] = []
+    told = plain(verdicts([record("fp16", latency=shared), record(latency=shared), other]))
+    assert [line for line in told if "stable" in line] == [
+        "FP16 cpu and INT8 cpu latency is not stable: FP32: times drift; INT8: times scatter; "
+        "governor is schedutil, not performance",
+        "INT8 rtx latency is not stable: FP32: times drift",
+    ]

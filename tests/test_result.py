@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from records import NEW
 from rows import drawn, flips
 from statsmodels.stats.multitest import multipletests
 
@@ -61,18 +62,7 @@ def test_the_json_is_the_contract_that_scripts_read() -> None:
     assert r.keys() >= {
         *("format", "name", "model", "target", "precision", "images", "skipped", "baseline", "engine", "drop", "flips"),
         *("agreement", "sqnr_db", "kl", "budget", "verdict", "images_needed", "notes", "provenance"),
-        *(
-            "labels",
-            "classes",
-            "flipped",
-            "flipped_total",
-            "reasons",
-            "shard",
-            "images_of",
-            "latency",
-            "layers",
-            "ranges",
-        ),
+        *NEW,
     }
     for name in ("baseline", "engine"):
         assert r[name].keys() == {
@@ -199,19 +189,7 @@ def test_what_is_written_is_what_is_read(tmp_path: Path, rows: Outcomes) -> None
 def former() -> dict[str, Any]:
     """A record as edgeres 0.1 wrote it."""
     r = json.loads(to_json(make(flips(2000, 14, 8, right=1686))))
-    new = (
-        "labels",
-        "classes",
-        "flipped",
-        "flipped_total",
-        "reasons",
-        "shard",
-        "images_of",
-        "latency",
-        "layers",
-        "ranges",
-    )
-    for key in new:
+    for key in NEW:
         del r[key]
     for name in ("baseline", "engine"):
         r[name] = {key: r[name][key] for key in ("top1", "top5", "latency_ms", "size_bytes")}
@@ -230,6 +208,12 @@ def test_a_result_of_the_former_format_gets_what_can_be_computed(tmp_path: Path)
     assert r["flips"] == {"right_to_wrong": 14, "wrong_to_right": 8, "wrong_to_wrong": None}
     assert r["budget"] == new["budget"]
     assert (r["classes"], r["flipped"], r["latency"]) == (None, [], None)
+
+
+def test_the_first_results_of_this_format_have_no_words_of_each_budget(tmp_path: Path) -> None:
+    r = json.loads(to_json(make(drawn(300, 10))))
+    del r["verdicts"]
+    assert load(saved(tmp_path, r)) == [{**r, "verdicts": None}]
 
 
 def test_accepted_results_of_this_repository_load() -> None:
@@ -274,10 +258,12 @@ def at(path: str, value: Any = ...) -> Callable[[dict[str, Any]], None]:
         (at("flipped.2.engine.answer"), "flipped[2].engine.answer is missing"),
         (at("flipped.2.engine"), "flipped[2].engine is missing"),
         (at("reasons.0", 3), "reasons[0] is 3, not text"),
-        (at("verdict", 1), "verdict is 1, not PASS, NOT ENOUGH IMAGES, FAIL or null"),
+        (at("verdict", 1), "verdict is 1, not PASS, NOT ENOUGH IMAGES, NO LABELS, FAIL or null"),
+        (at("verdicts", "PASS"), 'verdicts is "PASS", not list or null'),
+        (at("verdicts.0", "pass"), 'verdicts[0] is "pass", not PASS, NOT ENOUGH IMAGES, NO LABELS, FAIL'),
         (
             at("verdict", "\x1b[32mPASS"),
-            'verdict is "\\u001b[32mPASS", not PASS, NOT ENOUGH IMAGES, FAIL or null',
+            'verdict is "\\u001b[32mPASS", not PASS, NOT ENOUGH IMAGES, NO LABELS, FAIL or null',
         ),
         (at("images", 10**400), "OverflowError: int too large to convert to float"),
         (at("baseline.latency_ms.p90"), "baseline.latency_ms.p90 is missing"),

@@ -950,3 +950,19 @@ def test_the_real_library_has_no_dla_core_and_takes_the_profiler(
         profiler.report_layer_time("conv1", ms)
     assert isinstance(profiler, library.IProfiler)
     assert profiler.ms == {"conv1": 3}
+
+
+def test_kernels_of_tensorrt_rtx_are_final_from_the_first_call_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bench = Bench("rtx-1.7.1.116", monkeypatch, tmp_path / "model.plan")
+    with bench.open() as runner:
+        runner.profile(PIXELS[:2])
+    name, eager = (
+        "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
+        "DynamicShapesKernelSpecializationStrategy",
+    )
+    assert bench.lib.called(f"{name}=") == [(getattr(bench.lib, eager).EAGER,)] * 2
+    configs = [config for (config,) in bench.lib.called("ICudaEngine.create_execution_context")]
+    assert None not in configs
+    assert len(configs) == 2

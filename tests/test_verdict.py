@@ -63,8 +63,8 @@ def test_the_images_needed_would_decide(images: int, lost: int, won: int, budget
         return word(flips(round(images * factor), round(lost * factor), round(won * factor)), max_drop=budget)[0]
 
     factor = needed / images
-    assert with_times(1.15 * factor) == ("PASS" if 100 * (lost - won) / images < budget else "FAIL")
-    assert with_times(0.7 * factor) == "NOT ENOUGH IMAGES"
+    assert with_times(1.05 * factor) == ("PASS" if 100 * (lost - won) / images < budget else "FAIL")
+    assert with_times(0.85 * factor) == "NOT ENOUGH IMAGES"
 
 
 def test_no_number_of_images_is_named_where_none_would_decide() -> None:
@@ -141,7 +141,7 @@ def test_a_relative_budget_is_a_share_of_the_accuracy_of_fp32() -> None:
 
 
 def test_the_worst_of_several_budgets_counts() -> None:
-    rows = flips(10_000, 110, 60, right=8000)  # 0.24 to 0.76 points of 81.1
+    rows = flips(10_000, 110, 60, right=8000)  # 0.25 to 0.76 points of 81.1
     both = judge(Budget(max_drop=1.0, min_relative=99.5), None, rows, "")
     assert (both["verdict"], len(both["reasons"])) == ("NOT ENOUGH IMAGES", 2)
     assert both["reasons"][0].startswith("drop +0.50, at worst +0.76 points: within max_drop 1")
@@ -149,7 +149,7 @@ def test_the_worst_of_several_budgets_counts() -> None:
     assert both["images_needed"] > 10_000
     worse = judge(Budget(max_drop=0.1, min_relative=99.5), None, rows, "")
     assert (worse["verdict"], worse["images_needed"]) == ("FAIL", None)
-    assert worse["reasons"][0].startswith("drop +0.50, at best +0.24 points: more than max_drop 0.1")
+    assert worse["reasons"][0].startswith("drop +0.50, at best +0.25 points: more than max_drop 0.1")
     assert judge(Budget(max_drop=1.0, min_relative=98.0), None, rows, "")["verdict"] == "PASS"
     assert worse["budget"] == {"max_drop": 0.1, "min_relative": 99.5, "accepted": None}
 
@@ -177,9 +177,10 @@ def test_a_part_of_a_set_is_not_judged() -> None:
 
 def test_images_without_labels_meet_no_budget() -> None:
     judged = judge(Budget(max_drop=100.0, min_relative=0.0), None, drawn(50, 4, labelled=False), "")
-    assert (judged["verdict"], judged["images_needed"]) == ("NOT ENOUGH IMAGES", None)
+    assert (judged["verdict"], judged["images_needed"]) == ("NO LABELS", None)
     assert judged["reasons"] == [
-        f"the images have no labels: not decided for {k}" for k in ("max_drop", "min_relative")
+        f"the images have no labels, so that accuracy cannot be judged: not decided for {k}"
+        for k in ("max_drop", "min_relative")
     ]
 
 

@@ -1,10 +1,11 @@
 """Everything that takes an NVIDIA GPU, in one command: does it work, how fast, and how far from what the GPU could do.
 
-    python benchmarks/gpu/check.py [-o FILE] [--limit-s 480] [--wheels DIR]
+    python benchmarks/gpu/check.py [-o FILE] [--limit-s 480] [--wheels DIR] [--work DIR]
 
 Each part runs in a process of its own and has its time, so that one that crashes or hangs does not end the others. What
-cannot be done here, or does not fit the time, is listed with the reason. One JSON file, one table. Exit status 1 if a
-check failed. This file needs the standard library only; docs/gpu.md says what the numbers mean.
+cannot be done here, or does not fit the time, is listed with the reason. One JSON file, written after every part, and
+one table. Exit status 1 if a check failed. This file needs the standard library only; docs/gpu.md says what the
+numbers mean.
 """
 
 from __future__ import annotations
@@ -18,19 +19,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from answers import answers
-from outcome import FAILED, OK, SKIPPED, Outcome, kept, outcome, write
+from outcome import FAILED, OK, SKIPPED, UNTIL, Outcome, kept, outcome, slug, write
 from parts import PROBE, USUAL_S, Part, parts
 from table import table
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 FORMAT = "edgeres gpu check 1"
+UNFINISHED = "unfinished"
+LOGGED = 6000
+"""Characters of a log that are kept of a part that failed."""
 
 
 def main() -> None:
@@ -40,36 +45,71 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=output, help="the JSON file (engines/out/gpu-check.json)")
     parser.add_argument("--limit-s", type=float, default=USUAL_S, help="seconds that all of it may take (480)")
     parser.add_argument("--wheels", type=Path, help="install the wheels in this folder first, without a network")
+    parser.add_argument("--work", type=Path, help="keep models and plans here, and do not repeat parts that were ok")
     args = parser.parse_args()
     if not 0 < args.limit_s < float("inf"):
         parser.error(f"--limit-s {args.limit_s}")
-    try:  # now, not after eight minutes; what an earlier run left stays until this one is done
+    try:  # now, not after eight minutes
         args.output.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.output.parent).close()
     except OSError as error:
         parser.error(f"cannot write {args.output}: {error.strerror}")
     if args.output.is_dir():
         parser.error(f"cannot write {args.output}: it is a folder")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends this gets what was found so far
     start = time.monotonic()
     env = environment(installed(args.wheels) if args.wheels else None)
-    with tempfile.TemporaryDirectory() as folder:
-        result = check(parts(args.limit_s), Path(folder), env, start, args.limit_s)
+    with nullcontext(args.work) if args.work else tempfile.TemporaryDirectory() as folder:
+        work = Path(folder).absolute()
+        result = check(parts(args.limit_s), work, env, start, args.limit_s, lambda found: write(args.output, found))
     write(args.output, result)
     print(table(result))
     print(f"\nwritten to {args.output}")
     sys.exit(result["status"] == FAILED)
 
 
-def check(todo: list[Part], work: Path, env: dict[str, str], start: float, limit_s: float) -> dict[str, Any]:
-    """Look at the machine, do the parts -> the record of it all. ``start`` is `time.monotonic` when it began."""
-    work.mkdir(exist_ok=True)
+def check(
+    todo: list[Part],
+    work: Path,
+    env: dict[str, str],
+    start: float,
+    limit_s: float,
+    save: Callable[[dict[str, Any]], None] = lambda found: None,
+) -> dict[str, Any]:
+    """Look at the machine, do the parts -> the record of it all. ``start`` is `time.monotonic` when it began.
+
+    ``save`` gets the record as it is after every part. Parts that ``work`` has as ok are not done again.
+    """
+    work.mkdir(parents=True, exist_ok=True)
     env = {**env, "EDGERES_CACHE": str(work / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}
     began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     probe = alone(PROBE, work, env, PROBE.limit)
     seen = probe["record"]
     done: dict[str, Outcome] = {}
     stop = probe["reason"] or seen["why"]
+
+    def record(finished: bool) -> dict[str, Any]:
+        """What there is to say by now."""
+        everything = [("machine", probe), *done.items()]
+        status = FAILED if any(o["status"] == FAILED for _, o in everything) else OK
+        result = {
+            "format": FORMAT,
+            "began": began,
+            "seconds": round(time.monotonic() - start, 1),
+            "limit_s": limit_s,
+            "status": status if finished else UNFINISHED,
+            **{key: seen.get(key) for key in ("machine", "conditions", "versions")},
+            "failed": [{"part": name, "reason": o["reason"]} for name, o in everything if o["status"] == FAILED],
+            "skipped": [{"part": name, "reason": why} for name, o in done.items() for why in skips(o)],
+            "parts": done,
+        }
+        return {**result, "answers": answers(result)}
+
     for part in todo:
+        if not stop and (earlier := done_before(part, work)):
+            done[part.name] = earlier
+            say(f"{part.name}: ok in an earlier run")
+            continue
         left = limit_s - (time.monotonic() - start)
         if why := stop or unmet(part, done) or late(part, left):
             done[part.name] = outcome(SKIPPED, why)
@@ -77,23 +117,22 @@ def check(todo: list[Part], work: Path, env: dict[str, str], start: float, limit
         say(f"{part.name} ...")
         try:
             done[part.name] = retried(part, work, env, min(part.limit, left))
+            write(kept(work, part.name), done[part.name])
         except KeyboardInterrupt:  # what was found so far is kept
             stop = "interrupted"
             done[part.name] = outcome(FAILED, stop)
-        say(f"{part.name}: {done[part.name]['status']}, {done[part.name]['seconds']:.0f} s")
-    everything = [("machine", probe), *done.items()]
-    result = {
-        "format": FORMAT,
-        "began": began,
-        "seconds": round(time.monotonic() - start, 1),
-        "limit_s": limit_s,
-        "status": FAILED if any(o["status"] == FAILED for _, o in everything) else OK,
-        **{key: seen.get(key) for key in ("machine", "conditions", "versions")},
-        "failed": [{"part": name, "reason": o["reason"]} for name, o in everything if o["status"] == FAILED],
-        "skipped": [{"part": name, "reason": why} for name, o in done.items() for why in skips(o)],
-        "parts": done,
-    }
-    return {**result, "answers": answers(result)}
+        found = done[part.name]
+        say(f"{part.name}: {found['status']}, {found['seconds']:.0f} s {found['reason']}".strip())
+        save(record(finished=False))
+    return record(finished=True)
+
+
+def done_before(part: Part, work: Path) -> Outcome | None:
+    """What an earlier run left of ``part`` in ``work``, if it was ok."""
+    with suppress(OSError, ValueError):
+        found: Outcome = json.loads(kept(work, part.name).read_text(encoding="utf-8"))
+        return found if found["status"] == OK else None
+    return None
 
 
 def unmet(part: Part, done: dict[str, Outcome]) -> str:
@@ -131,13 +170,14 @@ def retried(part: Part, work: Path, env: dict[str, str], limit: float) -> Outcom
 
 def alone(part: Part, work: Path, env: dict[str, str], limit: float) -> Outcome:
     """Do ``part`` in a process of its own that may take ``limit`` seconds."""
-    path, log, at = kept(work, part.name), work / "log.txt", work / "under-way"
+    path, log, at = kept(work, part.name), work / f"{slug(part.name)}.log", work / "under-way"
     for old in (path, at):
         old.unlink(missing_ok=True)
     command = [sys.executable, str(HERE / "child.py"), str(work), part.name, part.call, json.dumps(part.arguments)]
     start = time.monotonic()
     with open(log, "w", encoding="utf-8", errors="replace") as sink:
         # a session of its own, to be ended with all that it started
+        env = {**env, UNTIL: str(time.time() + limit)}
         child = subprocess.Popen(command, stdout=sink, stderr=sink, cwd=ROOT, env=env, start_new_session=True)
         try:
             code: int | None = child.wait(limit)
@@ -152,6 +192,8 @@ def alone(part: Part, work: Path, env: dict[str, str], limit: float) -> Outcome:
         found["status"] = FAILED
         found["reason"] = "; ".join(filter(None, (how, over and f"at {over}", found["reason"], tail(log))))
         found["died_over"] = over
+    if found["status"] == FAILED:
+        found["log"] = log.read_text(encoding="utf-8", errors="replace")[-LOGGED:].splitlines()
     return {**found, "seconds": round(time.monotonic() - start, 1)}
 
 

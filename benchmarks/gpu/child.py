@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
-import math
+import signal
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
-from outcome import FAILED, OK, SKIPPED, Outcome, Skip, kept, outcome, write
+from outcome import FAILED, OK, SKIPPED, Outcome, Skip, finite, kept, outcome, write
+
+PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
     """Do it, and keep the outcome where the parent looks for it."""
+    if sys.platform == "linux":  # a parent that is killed cannot end this, and the GPU would stay taken
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
     work, name, call, arguments = sys.argv[1:]
     write(kept(Path(work), name), finite(done(Path(work), call, json.loads(arguments))))
 
@@ -39,15 +44,6 @@ def done(work: Path, call: str, arguments: dict[str, Any]) -> Outcome:
         return outcome(FAILED, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
     missed = [what for what, met in record.get("checks", {}).items() if not met]
     return outcome(FAILED if missed else OK, f"not so: {'; '.join(missed)}" if missed else "", record)
-
-
-def finite(value: Any) -> Any:
-    """``value`` as JSON can say it: a float that is not finite becomes null."""
-    if isinstance(value, dict):
-        return {str(k): finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ DEVICE_LEAK = 16 << 20
 HOST_LEAK = 64 << 20
 """Bytes that the process may have grown: a hundred plans left behind would be 5 GB, pieces of results more."""
 SETTLED = 0.1
-"""Share of the work after which memory is looked at first: what is loaded once has been by then."""
+"""Share of the work, or of its time, after which memory is looked at first: what is loaded once has been by then."""
 SLOWER = 1.25
 """Ratio of two medians above which two CUDA packages are not as fast as one another."""
 TURNS = 100
@@ -60,13 +60,15 @@ def growth(before: dict[str, int], after: dict[str, int]) -> dict[str, Any]:
 def cycles(work: Path, target: str, seconds: float = 30.0, times: int = CYCLES) -> dict[str, Any]:
     """Load, run once, close: ``times``, or as often as fits ``seconds``. Memory before and after."""
     engine = Engine.load(folder_of(work, target, "v1.5", "fp16"))
-    until, done, before = time.monotonic() + seconds, 0, memory(target)
-    while done < times and time.monotonic() < until:
+    start, done, before = time.monotonic(), 0, None
+    while done < times and (passed := time.monotonic() - start) < seconds:
+        if before is None and done >= 2 and (done >= SETTLED * times or passed >= SETTLED * seconds):
+            before = memory(target)
         with engine.open() as runner:
             runner.infer(np.zeros((2, 3, runner.input_size, runner.input_size), np.float32))
         done += 1
-        if done == max(2, round(SETTLED * times)):
-            before = memory(target)
+    if before is None:
+        raise Skip(f"no time: {done} of {times} in {seconds:.0f} s, which tells nothing of memory")
     return {"cycles": done, "wanted": times, **cut(done, times), **growth(before, memory(target))}
 
 

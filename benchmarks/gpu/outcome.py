@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 OK, FAILED, SKIPPED = "ok", "failed", "skipped"
 NOT_HERE = "does not run on compute capability"
+UNTIL = "GPU_CHECK_UNTIL"
+"""Variable of the environment: when the parent ends the process, in seconds of `time.time`."""
 Outcome = dict[str, Any]
 """``status``, ``reason`` ("" if ok), ``seconds``, ``record``: what the part measured, {} if it came to nothing."""
 
@@ -38,6 +42,25 @@ def record_of(work: Path, name: str) -> dict[str, Any]:
         return dict(json.loads(kept(work, name).read_text(encoding="utf-8"))["record"])
     except OSError:
         return {}
+
+
+def finite(value: Any) -> Any:
+    """``value`` as JSON can say it: a float that is not finite becomes null."""
+    if isinstance(value, dict):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def so_far(work: Path, name: str, record: dict[str, Any]) -> None:
+    """Keep what part ``name`` has measured by now, in case its process does not live to the end."""
+    write(kept(work, name), finite(outcome(FAILED, "", record)))
+
+
+def left() -> float:
+    """Seconds until this process is ended; infinite where nobody will."""
+    return float(os.environ.get(UNTIL, "inf")) - time.time()
 
 
 def write(path: Path, value: Any) -> None:

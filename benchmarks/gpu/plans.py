@@ -9,7 +9,7 @@ from typing import Any
 
 import nets
 import numpy as np
-from outcome import NOT_HERE, Skip, under_way
+from outcome import NOT_HERE, Skip, record_of, so_far, under_way
 from parts import BATCHES, PRECISIONS, plan_of
 
 from edgeres import build, devices, engine_layers, trt
@@ -17,6 +17,7 @@ from edgeres.benchmark import Plan, measure
 from edgeres.errors import EdgeresError
 from edgeres.fidelity import decibels, squares
 from edgeres.fusion import audit
+from edgeres.runners.cuda import open_cuda
 from edgeres.runners.tensorrt import TensorRtRunner
 from edgeres.targets import load_target
 
@@ -27,12 +28,19 @@ FURTHER_DB = 3.0
 them, and those differences grow from layer to layer: logit by logit they need not be near one another."""
 NAMED = {"8.6", "8.9", "12.0", "12.1"}
 """Compute capabilities that TensorRT-RTX names as supported (its documentation, support matrix), beside 7.5."""
+TRIED = ("8.0", "8.6", "8.9", "12.0")
+"""Compute capabilities that plans are built for where the usual plan is not valid, to see which would be."""
 SHOWN = 3
 
 
 def folder_of(work: Path, target: str, variant: str, precision: str) -> Path:
     """The engine folder that `make` leaves."""
     return work / plan_of(target, variant, precision).replace(" ", "-")
+
+
+def usable(work: Path, target: str, precision: str) -> bool:
+    """Whether `make` built the v1.5 engine and it ran: one that crashed would do so again."""
+    return bool(record_of(work, plan_of(target, "v1.5", precision)).get("usable"))
 
 
 def start(work: Path, executor: str) -> dict[str, Any]:
@@ -43,6 +51,7 @@ def start(work: Path, executor: str) -> dict[str, Any]:
         raise Skip(devices.why_no_gpu())
     gpu = gpus[0]
     record: dict[str, Any] = {"version": library.__version__, "gpu": gpu.name, "capability": gpu.capability}
+    open_cuda(trt.EXECUTORS[executor][1]).close()  # where CUDA itself does not work, no plan would
     if not trt.strongly_typed(library):
         raise Skip(f"{executor} {library.__version__} takes precision from flags; the kit is for TensorRT 10 and later")
     under_way(work, "build")
@@ -50,19 +59,38 @@ def start(work: Path, executor: str) -> dict[str, Any]:
     plan.write_bytes(trt.build_plan(library, small(), "fp32", trt.Options(profile=(1, 1, 2))).plan)
     if hasattr(library.Runtime, "get_engine_validity"):
         under_way(work, "validity")
-        validity, why = library.Runtime(trt.logger(library)).get_engine_validity(plan.read_bytes())
-        record |= {"validity": getattr(validity, "name", str(validity)), "diagnostics": int(why)}
-        if validity == library.EngineValidity.INVALID and gpu.capability not in NAMED:
-            said = trt.logger(library).errors()
-            raise Skip(
-                f"{executor} {library.__version__} {NOT_HERE} {gpu.capability}: "
-                f"validity {record['validity']}, diagnostics {record['diagnostics']} {said}".strip()
-            )
-    under_way(work, "run")
-    with TensorRtRunner(plan, executor) as runner:
-        found = runner.infer(np.ones((2, 3, 8, 8), np.float32))
+        record |= judged(library, plan.read_bytes())
+        if record["validity"] != "VALID":
+            record["validity_built_for"] = {name: validity(library, name) for name in TRIED}
+    # also what is not valid is run: that is how it is found out
+    under_way(work, f"run, validity {record.get('validity', 'not known')}")
+    try:
+        with TensorRtRunner(plan, executor) as runner:
+            found = runner.infer(np.ones((2, 3, 8, 8), np.float32))
+    except EdgeresError as error:
+        if record.get("validity") != "INVALID" or gpu.capability in NAMED:
+            raise
+        told = f"validity INVALID, diagnostics {record['diagnostics']}; built for: {record['validity_built_for']}; "
+        what = f"{executor} {library.__version__} {NOT_HERE} {gpu.capability}: "
+        raise Skip(what + told + " ".join(str(error).split())) from error
     record["checks"] = {"a small plan computes what it should": bool(np.allclose(found, 27.0, rtol=1e-3))}
     return record
+
+
+def judged(library: Any, plan: bytes) -> dict[str, Any]:
+    """What TensorRT-RTX thinks of ``plan`` on this GPU."""
+    found, why = library.Runtime(trt.logger(library)).get_engine_validity(plan)
+    return {"validity": getattr(found, "name", str(found)), "diagnostics": int(why)}
+
+
+def validity(library: Any, capability: str) -> str:
+    """The same of a small plan for GPUs of ``capability``; or why there is none."""
+    options = trt.Options(profile=(1, 1, 2), capabilities=(capability,))
+    try:
+        found = judged(library, trt.build_plan(library, small(), "fp32", options).plan)
+    except EdgeresError as error:
+        return " ".join(str(error).split())[:200]
+    return f"{found['validity']} ({found['diagnostics']})"
 
 
 def small() -> bytes:
@@ -163,7 +191,8 @@ def benchmark(work: Path, target: str, seconds: float = 1.0) -> dict[str, Any]:
         runners: dict[str, Any] = {}
         try:
             for precision in sorted(PRECISIONS):  # FP16 first: what INT8 has to be measured against
-                if (folder := folder_of(work, target, "v1.5", precision)).exists():
+                if usable(work, target, precision):
+                    folder = folder_of(work, target, "v1.5", precision)
                     runners[precision] = build.Engine.load(folder).open(graphs)
             crop = next(iter(runners.values())).input_size
             batches = tuple(batch for batch in BATCHES if batch <= 32)
@@ -179,4 +208,5 @@ def benchmark(work: Path, target: str, seconds: float = 1.0) -> dict[str, Any]:
         for runner in found["runners"].values():
             runner.pop("histogram")
         record[how] = {key: found[key] for key in ("batch", "runners", "speedup", "sweep", "conditions")}
+        so_far(work, f"{target} benchmark", record)
     return record

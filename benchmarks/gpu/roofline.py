@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from outcome import Skip, under_way
+from outcome import Skip, so_far, under_way
 
 SIDE = 8192
 """Of the matrices that are multiplied: large enough that nothing but arithmetic counts."""
@@ -40,6 +40,7 @@ def measure(work: Path) -> dict[str, Any]:
             rates[precision] = 2 * SIDE**3 / best(torch, multiply(torch, precision))
         except RuntimeError as error:  # INT8 has conditions of its own, and small GPUs little memory
             skipped[f"{precision} matrices"] = " ".join(str(error).split())[:200]
+        so_far(work, "matrix and copy rates", {"operations_per_s": rates, "bytes_per_s": {}, "skipped": skipped})
     under_way(work, "copies")
     return {"operations_per_s": rates, "bytes_per_s": copies(torch), "skipped": skipped, "side": SIDE}
 

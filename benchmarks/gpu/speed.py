@@ -12,19 +12,23 @@ from typing import Any
 
 import nets
 import numpy as np
-from outcome import Skip, record_of, under_way
-from parts import PRECISIONS, TARGETS
-from plans import folder_of
+from outcome import Skip, left, record_of, under_way
+from parts import BATCHES, PRECISIONS, TARGETS
+from plans import folder_of, usable
 from roofline import floor_ms
 from sides import EngineSide, OrtSide, Side, TorchSide
 
 from edgeres import sensors
-from edgeres.build import RECORD
 from edgeres.errors import MissingDependency
 from edgeres.latency import doubts, interval, speedup
 
 FIRST = "PyTorch FP32"
 """What all are compared with, if it is there."""
+COMPILED = "PyTorch FP16, compiled"
+"""Opened last, as it takes longest: the others must not lack its time."""
+LATE = "not ready after"
+OPENING = 2.5
+"""Times ``most`` that opening all sides may take."""
 CALLS = 5
 """Per turn, clock and side: the first of them may find the GPU's caches full of the side before."""
 ROUNDS = 4
@@ -51,14 +55,14 @@ def makers(work: Path, pixels: np.ndarray) -> dict[str, tuple[str, Maker]]:
         FIRST: ("fp32", pytorch(False, False, "eager")),
         "PyTorch FP16": ("fp16", pytorch(True, False, "eager")),
         "PyTorch FP16, CUDA graph": ("fp16", pytorch(True, True, "graph")),
-        "PyTorch FP16, compiled": ("fp16", pytorch(True, True, "compiled")),
+        COMPILED: ("fp16", pytorch(True, True, "compiled")),
         "ONNX Runtime FP32": ("fp32", ort("fp32")),
         "ONNX Runtime FP16": ("fp16", ort("fp16")),
     }
     for target in TARGETS:
         for precision in reversed(PRECISIONS):
-            folder = folder_of(work, target, "v1.5", precision)
-            if (folder / RECORD).exists():
+            if usable(work, target, precision):
+                folder = folder_of(work, target, "v1.5", precision)
                 for graphs, how in ((False, ""), (True, ", CUDA graph")):
                     found[f"{target} {precision.upper()}{how}"] = precision, engine(folder, graphs)
     return found
@@ -69,23 +73,25 @@ def measure(
 ) -> dict[str, Any]:
     """Every side that opens in ``most`` seconds, for ``seconds`` each, as far as all fit ``most``.
 
-    A side of others that does not open is skipped. An engine that does not is a failure, unless it lacks a package.
+    A side of others that does not open is skipped, and one that was too slow at another batch size is not waited for
+    again. An engine that does not open is a failure, unless it lacks a package.
     """
     _, model = nets.load(work, "v1.5")
     pixels = nets.pixels(batch, model["crop"], 300)
     before, rates = sensors.conditions(), record_of(work, "matrix and copy rates")
     wanted = makers(work, pixels)
-    skipped = dict.fromkeys(without, "died")
+    skipped = {**slow(work, batch), **dict.fromkeys(without, "died")}
+    until = time.monotonic() + min(OPENING * most, 0.6 * left())
     sides: dict[str, Side] = {}
     checks: dict[str, bool] = {}
     try:
-        for name, (_, maker) in wanted.items():
-            if name in without:
+        for name in sorted(wanted, key=lambda name: name == COMPILED):
+            if name in skipped:
                 continue
             under_way(work, name)
             try:
-                with within(most):
-                    sides[name] = opened(maker)
+                with within(min(most, until - time.monotonic())):
+                    sides[name] = opened(wanted[name][1])
             except (Skip, TimeoutError, MissingDependency) as reason:
                 skipped[name] = " ".join(str(reason).split())[:200]
             except Exception as error:  # compilers and drivers raise whatever they like
@@ -95,7 +101,8 @@ def measure(
         under_way(work)
         if not sides:
             raise Skip("nothing to compare: " + "; ".join(f"{name}: {why}" for name, why in skipped.items()))
-        times = in_turn(sides, seconds, most)
+        sides = {name: sides[name] for name in wanted if name in sides}
+        times = in_turn(sides, seconds, min(most, 0.7 * left()))
         logits = {name: side.logits for name, side in sides.items()}
     finally:
         for side in sides.values():
@@ -119,12 +126,21 @@ def measure(
     }
 
 
+def slow(work: Path, batch: int) -> dict[str, str]:
+    """Which sides were too slow to open at other batch sizes, and why."""
+    others = [record_of(work, f"speed at batch {other}") for other in BATCHES if other != batch]
+    told = {name: why for record in others for name, why in record.get("skipped", {}).items()}
+    return {name: f"{why}, at another batch size" for name, why in told.items() if why.startswith(LATE)}
+
+
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
     """Raise `TimeoutError` where the block is after ``seconds``: a compiler may take minutes."""
+    if seconds <= 0:
+        raise TimeoutError("no time")
 
     def late(*_: Any) -> None:
-        raise TimeoutError(f"not ready after {seconds:g} s")
+        raise TimeoutError(f"{LATE} {seconds:.3g} s")
 
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, seconds)

@@ -99,12 +99,22 @@ class TensorRtRunner(Runner):
         # profile 0 is the only one that edgeres builds, and what a first context starts with
         shapes = engine.get_tensor_profile_shape(self._input, 0) if self.batch is None else [[images]] * 3
         self._smallest, self.usual, self.largest = (shape[0] for shape in shapes)
-        self._context = self._given(engine.create_execution_context(), "create an execution context")
+        self._context = self._new_context()
         for _ in range(2 if self.batch is None else 1):
             source = cuda.host((self.largest, *self._image), self.dtype)
             result = cuda.host((self.largest, *self._logits), result_dtype)
             addresses = [cuda.device(array.nbytes) for array in (source, result)]
             self._slots.append(Slot(cuda.stream(), [cuda.event() for _ in range(4)], source, result, *addresses))
+
+    def _new_context(self) -> Any:
+        """One whose kernels are final from the first call on: TensorRT-RTX swaps them later, but not in CUDA graphs."""
+        config: list[Any] = []
+        if strategies := getattr(self._trt, "DynamicShapesKernelSpecializationStrategy", None):
+            config.append(self._given(self._engine.create_runtime_config(), "configure an execution context"))
+            config[0].dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        made = self._engine.create_execution_context(*config)
+        config.clear()  # it holds the engine, and an error below would hold it
+        return self._given(made, "create an execution context")
 
     def _set_up(self, runtime: Any) -> None:
         """What must be said before a plan is loaded."""
@@ -210,7 +220,7 @@ class TensorRtRunner(Runner):
         self._drop_graphs(cuda)
         self._images, self._context = 0, None
         try:
-            self._context = self._given(self._engine.create_execution_context(), "create an execution context")
+            self._context = self._new_context()
         except BuildError:
             self.close()
             raise

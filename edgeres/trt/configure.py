@@ -66,6 +66,8 @@ def configure(parts: Parts, precision: str, options: Options, weak: bool) -> Non
             (config.set_flag if on else config.clear_flag)(member)
         elif on:
             raise UsageError(f"{title(trt)} has no {name.lower().replace('_', ' ')}")
+    if (member := getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)) is not None:
+        config.set_flag(member)  # TensorRT-RTX: only then any call can be captured in a CUDA graph
     for option, size in options.pools().items():
         _pool(parts, option, size)
     if options.level is not None:
