@@ -112,6 +112,10 @@ class Library(ModuleType):
                 on.discard(args[0].name)
         return on
 
+    def asked(self) -> set[str]:
+        """`flags` but for the one that every build with TensorRT-RTX sets."""
+        return self.flags() - {"REQUIRE_USER_ALLOCATION"}
+
     def say(self, severity: str, message: str) -> None:
         """What TensorRT does when it has something to tell."""
         self.used[0].log(Severity[severity], message)

@@ -52,7 +52,7 @@ def test_every_version_is_told_to_use_the_core(version: str, precision: str, sai
     assert lib.set_to("IBuilderConfig.default_device_type") is lib.DeviceType.DLA
     assert lib.set_to("IBuilderConfig.DLA_core") == 1
     flags = {"FP16"} if precision == "fp16" else {"FP16", "INT8"}
-    assert lib.flags() == {"GPU_FALLBACK"} | (flags if version in IMPLICIT else set())
+    assert lib.asked() == {"GPU_FALLBACK"} | (flags if version in IMPLICIT else set())
     [(network,)] = lib.called("Builder.create_network")
     typed = getattr(lib.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     assert (typed is not None and bool(network >> int(typed) & 1)) == (version not in IMPLICIT)

@@ -25,7 +25,7 @@ def test_precision_is_the_graphs_own_except_in_version_8(version: str, precision
     lib = fake(version)
     assert build_plan(lib, b"onnx", precision, Options()).plan == b"plan"
     weak = {"fp32": set(), "fp16": {"FP16"}, "int8": {"FP16", "INT8"}}[precision]
-    assert lib.flags() == (weak if version in WEAK else set())  # without TF32
+    assert lib.asked() == (weak if version in WEAK else set())  # without TF32
 
 
 @every
@@ -47,7 +47,7 @@ def test_a_version_without_either_flag_is_strongly_typed() -> None:
     lib.NetworkDefinitionCreationFlag = fake("8.6.1").DeviceType  # any enum without these members
     build_plan(lib, b"onnx", "int8", Options())
     assert lib.called("Builder.create_network") == [(0,)]
-    assert lib.flags() == set()
+    assert lib.asked() == set()
 
 
 @every
@@ -79,6 +79,8 @@ def test_what_is_not_asked_for_is_left_to_the_library(version: str) -> None:
     build_plan(lib, b"onnx", "fp32", Options())
     touched = {name for name, _ in lib.calls if name.startswith("IBuilderConfig.")}
     touched -= {"IBuilderConfig.progress_monitor=", "IBuilderConfig.clear_flag"}
+    assert lib.asked() == set()
+    touched.discard("IBuilderConfig.set_flag")
     assert touched == {"IBuilderConfig.profiling_verbosity=", "IBuilderConfig.add_optimization_profile"}
 
 
@@ -130,11 +132,18 @@ def test_flags_are_set_or_refused(version: str, options: Options, flag: str) -> 
     if hasattr(lib.BuilderFlag, flag):
         build_plan(lib, b"onnx", "fp32", options)
         named = getattr(lib.BuilderFlag, flag).name  # the first of two names for one number
-        assert lib.flags() == {named}
+        assert lib.asked() == {named}
     else:
         assert (version, flag) == ("8.6.1", "STRIP_PLAN")
         with pytest.raises(UsageError, match=r"TensorRT 8\.6\.1 has no strip plan"):
             build_plan(lib, b"onnx", "fp32", options)
+
+
+@every
+def test_any_call_can_be_captured_in_a_cuda_graph(version: str) -> None:
+    lib = fake(version)
+    build_plan(lib, b"onnx", "fp32", Options())
+    assert ("REQUIRE_USER_ALLOCATION" in lib.flags()) is (version in RTX)
 
 
 @every
