@@ -17,7 +17,7 @@ demo: $(READY)       ## the whole flow offline: train, export, quantize, build, 
 	@$(BIN)/edgeres demo
 
 test: $(READY) $(BASE) $(DEVICE) ## the tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(READY) $(DEVICE) ## the tests at real sizes
 	$(BIN)/pytest -m slow

@@ -17,7 +17,7 @@ import numpy as np
 
 from edgeres import machine, sensors
 from edgeres.errors import UsageError
-from edgeres.latency import SCATTER, describe, doubts, speedup, summary
+from edgeres.latency import SCATTER, SURE, describe, doubts, left_out, speedup, summary
 from edgeres.progress import say
 from edgeres.runners import Runner
 from edgeres.runners.calls import PARTS
@@ -27,14 +27,18 @@ __all__ = ["PRESETS", "Plan", "Preset", "latency", "measure", "summary"]
 FORMAT = "edgeres benchmark 1"
 WARM_UP = 5
 """Rounds that are not counted, at least."""
-SAMPLES = 200
-"""Per runner, at least: enough for p99."""
+SAMPLES = 368
+"""Per runner, at least: the fewest that give p99 its interval."""
 SECONDS = 3.0
 """That each runner works, at least; a tenth of it before that, to warm up."""
+TAIL = 7
+"""For `SURE` samples a runner may go on for so many times `SECONDS`: some 20 s of each, a minute for three of them.
+Calls of more than 5.7 ms would take minutes more, for a number that few need; who does gives ``seconds``.
+"""
 PATIENCE = 20
 """No runner is measured for longer than so many times its seconds, whatever `SAMPLES` says."""
 MOST = 20_000
-"""Rounds, at most: enough for p99.9, ten times over."""
+"""Rounds, at most: enough for p99.9, five times over."""
 SWEEP_SAMPLES = 30
 """Per runner and further batch of a sweep: enough for a median."""
 SLICE = 0.25
@@ -81,13 +85,15 @@ PRESETS = {
 class Plan:
     """What to measure: ``batches``, the first in full and the others as a sweep; ``streams`` at a time; as a preset.
 
-    ``batches``: empty, all images that there are. ``seconds``: that each runner works, at least (`SECONDS`).
+    ``batches``: empty, all images that there are. ``seconds``: that each runner works, at least (`SECONDS`). Where they
+    are not given, ``tail`` goes on until p99.9 has its interval too, if that takes no longer than `TAIL` allows.
     """
 
     batches: tuple[int, ...] = ()
     streams: int = 1
     preset: str = "edgeres"
     seconds: float | None = None
+    tail: bool = True
 
     def __post_init__(self) -> None:
         for wrong, what in (
@@ -187,6 +193,7 @@ def measure(
         "runners": records,
         "speedup": faster,
         "sweep": sweep,
+        "left_out": left_out(records),
         "conditions": {"before": before, "after": after, "warnings": changes},
         "machine": {**machine.describe(), "affinity": affinity, "threads": threads},
     }
@@ -223,6 +230,7 @@ def _measure(
     preset, seconds = PRESETS[plan.preset], plan.seconds or SECONDS
     least = samples or (preset.samples if preset else SAMPLES)
     warm_up = preset.warm_up if preset else seconds / 10
+    tail = plan.tail and plan.seconds is None and not preset and samples is None
     splits: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     times: dict[str, Times] = {}
 
@@ -232,6 +240,8 @@ def _measure(
     def done(each: list[Times]) -> bool:
         spent, rounds = [t.seconds for t in each], len(each[0].rounds)
         enough = min(spent) >= seconds and min(t.samples for t in each) >= least
+        if enough and tail and min(t.samples for t in each) < SURE:
+            enough = SURE * max(t.seconds / t.samples for t in each) > TAIL * seconds
         return rounds >= WARM_UP and (enough or rounds >= MOST or max(spent) >= PATIENCE * seconds)
 
     # one line and no spinner: what it draws would be measured too
@@ -386,7 +396,5 @@ def _add_energy(
 
 def _threads() -> int | None:
     """Threads of this process, the executors' among them, where Linux tells."""
-    try:
-        return len(list(Path("/proc/self/task").iterdir()))
-    except OSError:
-        return None
+    tasks = Path("/proc/self/task")
+    return len(list(tasks.iterdir())) if tasks.is_dir() else None

@@ -280,6 +280,7 @@ def _plan(path: Path, typed: Typed, target: Target, calibration: trt.Calibration
     built = trt.build(library, typed.path.read_bytes(), precision, _within_memory(asked), calibration)
     with atomic(path) as temporary:
         temporary.write_bytes(built.plan)
+    built = replace(built, plan=b"")  # it is read from the file when it is looked at
     layers = path.with_name(engine_layers.FILE)
     layers.unlink(missing_ok=True)  # of the plan before
     cache = path.with_suffix(".cache")

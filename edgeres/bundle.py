@@ -10,7 +10,7 @@
     accepted.json     the accepted result, where the budget names one; its outcomes are accepted.outcomes.npz
     LICENSES.txt      whose weights and images are, as far as that is known
 
-The same inputs give the same bytes: nothing in it tells a time, a user or a folder.
+The same inputs give the same bytes: nothing in it tells a time, a user, a folder or a number of cores.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ from edgeres.verdict import Accepted, enough
 FORMAT = "edgeres bundle 1"
 MANIFEST, MODEL, CACHE, PACK, REFERENCE = "manifest.json", "model.onnx", "model.cache", "images.pack", "reference.f32"
 RECIPE, TARGET, LABELS, LICENSES, ACCEPTED = "recipe.json", "target.toml", "labels.txt", "LICENSES.txt", "accepted.json"
+MEASURED = ("parity", "variant_check")
+"""What a model says that was measured where it was exported: another number of cores gives other last digits."""
 IMAGES = 256
 """In a bundle, unless told otherwise: a self-test takes seconds."""
 TEXT = 16 << 20
@@ -119,6 +121,7 @@ def make(
     job = replace(job, recipe=replace(job.recipe, validation=replace(job.recipe.validation, limit=limit)))
     whole = _whole(job)  # before the minutes that the rest takes
     typed = Typed.read(quantize_model(job))
+    typed = replace(typed, made={key: value for key, value in typed.made.items() if key not in MEASURED})
     fp32 = ensure_model(job)
     preprocess = preprocess_of(graph.load(fp32))
     images, accepted = _images(job, typed, fp32, preprocess), _accepted(job)
@@ -142,7 +145,7 @@ def make(
             "made_with": {"edgeres": edgeres.__version__},
             "typed": typed.made,
             "graph": {"convolutions": typed.convolutions, "residuals": typed.residuals},
-            "model": {"digest": typed.model, "size_bytes": fp32.stat().st_size},
+            "model": {"digest": typed.model, "size_bytes": len(_unmeasured(fp32))},
             "images": {
                 "count": len(packed),
                 "asked": len(images),
@@ -268,7 +271,7 @@ def _members(
 ) -> dict[str, Path | bytes]:
     """Name -> content, the manifest first."""
     target = resources.files("edgeres") / "targets" / f"{job.recipe.engine.target}.toml"
-    members: dict[str, Path | bytes] = {MANIFEST: _json(record), MODEL: typed.path}
+    members: dict[str, Path | bytes] = {MANIFEST: _json(record), MODEL: _unmeasured(typed.path)}
     if target_of(job).implicit and job.recipe.engine.precision == "int8":
         members[CACHE] = typed.path.with_suffix(".cache")
     members |= {
@@ -284,6 +287,13 @@ def _members(
             members[beside(Path(ACCEPTED)).name] = beside(Path(job.recipe.budget.accepted or ""))
     members[LICENSES] = licenses(typed.made.get("weights") or {}, len(images)).encode()
     return members
+
+
+def _unmeasured(path: Path) -> bytes:
+    """The model at ``path`` without `MEASURED`."""
+    model = graph.load(path)
+    graph.set_metadata(model, {key: value for key, value in graph.metadata(model).items() if key not in MEASURED})
+    return bytes(model.SerializeToString(deterministic=True))
 
 
 def _json(value: Any) -> bytes:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from edgeres.errors import InputError
-from edgeres.markdown import text
+from edgeres.markdown import latency, p50, text
 from edgeres.publish import read, write_text
-from edgeres.report import Column, columns, reasons, speedup
-from edgeres.words import NONE, between, count, decibels, megabytes, milliseconds, number, probability, spread
+from edgeres.report import columns, reasons, speedup
+from edgeres.words import NONE, between, count, decibels, megabytes, number, probability
 
 Record = dict[str, Any]
 UNKNOWN = "unknown: it is not recorded"
@@ -102,7 +102,7 @@ def _numbers(r: Record) -> Iterator[str]:
             )
     if engine.p50 is not None:
         times = _both(f"{number(ratio)} times as fast", between(faster)) if ratio is not None else NONE
-        rows.append(("p50 ms", _ms(baseline), _ms(engine), times))
+        rows.append(("p50 ms", p50(baseline), p50(engine), times))
     if rows:
         yield _table(("", "FP32", r["precision"].upper(), "change"), rows)
         yield "95% intervals in brackets, where they were measured."
@@ -129,6 +129,8 @@ def _numbers(r: Record) -> Iterator[str]:
     )
     if engine.p50 is not None:
         yield f"Measured on: {text(where or UNKNOWN)}."
+    if r["latency"] and (lines := latency(r)):
+        yield "\n".join(f"- {line[0].upper()}{line[1:]}" for line in lines)
 
 
 def _hurt(classes: list[Record]) -> str:
@@ -140,10 +142,6 @@ def _hurt(classes: list[Record]) -> str:
         names.append(f"{text(name)} (lost {c['lost']}, won {c['won']})")
     which = f": {', '.join(names)}" if names else ""
     return f"{len(hurt) or 'None'} of {count(len(classes), 'class', 'classes')} lost images beyond chance{which}."
-
-
-def _ms(column: Column) -> str:
-    return _both(milliseconds(column.p50), spread(column.p50_interval))
 
 
 def _negative(ends: list[float] | None) -> str:

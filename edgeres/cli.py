@@ -238,6 +238,8 @@ def run(show: Any, recipe: Path, output: Path | None, **options: Any) -> None:
     from edgeres.outcomes import beside
 
     work = job(recipe=recipe, **options)
+    if output:
+        pipeline.refuse_overwriting(work, [output])
     results = pipeline.run(work, (work.recipe.engine.precision,))
     if output:
         write_json(output, results)

@@ -59,18 +59,21 @@ def show(show: Any, results: tuple[Path, ...], html: Path | None, markdown: Path
 
     found = publish.read(results)
     records = [record for record, _ in found]
-    publish.write(found, html, markdown, junit, lambda: _images(job().recipe.validation))
+    publish.write(found, html, markdown, junit, lambda: _images(job().recipe, found))
     show(records, *shown(records))
 
 
-def _images(section: Any) -> Any:
+def _images(recipe: Any, found: list[tuple[dict[str, Any], dict[str, Any] | None]]) -> Any:
     """The images that a page may show; None where those of the workspace are not on this machine."""
     from edgeres.layouts import open_images
 
-    asked = click.get_current_context().meta.get("flags", {}).get("validation", {})
+    section, asked = recipe.validation, click.get_current_context().meta.get("flags", {}).get("validation", {})
     if section.images is None or ("images" not in asked and not Path(section.images).exists()):
         return None
-    return open_images(section.images, section.labels)
+    # drawn and numbered as for the validation
+    classes = next((engine.get("classes") for _, engine in found if engine), None)
+    images = open_images(section.images, section.labels, classes)
+    return images.subset(max(record["images_of"] for record, _ in found), recipe.seed)
 
 
 @command()
@@ -79,13 +82,14 @@ def _images(section: Any) -> Any:
 def diff(show: Any, a: Path, b: Path) -> None:
     """What changed from A to B.
 
-    A and B are results, engine folders or engine.json files. Exit status 1 if B is worse beyond noise in top-1 or p50.
+    A and B are results, engine folders or engine.json files. Exit status 1 if B is worse beyond noise in top-1 or p50,
+    and where it cannot be told: on other images, or of another network.
     """
     from edgeres.diff import diff as compare
 
     value, shown = compare(a, b)
     show(value, shown)
-    if value["worse"]:
+    if value["worse"] or value["incomparable"]:
         click.get_current_context().exit(1)
 
 

@@ -91,7 +91,7 @@ class Parcel:
 def deploy(hosts: Sequence[str], path: Path, output: Path, ways: Ways = Ways()) -> list[Record]:
     """Self-test the bundle at ``path`` on every host -> a record for each; results go to ``output``/<host>.
 
-    Ctrl-C ends all of it; devices are cleaned first.
+    Ctrl-C ends all of it: devices are cleaned, and the records of those that had not ended say "interrupted".
     """
     check(hosts)
     Plan(seconds=ways.seconds)  # which the devices would refuse
@@ -108,8 +108,6 @@ def deploy(hosts: Sequence[str], path: Path, output: Path, ways: Ways = Ways()) 
             try:
                 with slots:
                     found[device.host] = _one(device, parcel, wheels, ways, output / quote(device.host, safe="@"), ask)
-            except Stopped:
-                pass
             except BaseException as bug:  # raised where all devices are done: it must not spoil their results
                 bugs.append(bug)
             finally:
@@ -121,13 +119,14 @@ def deploy(hosts: Sequence[str], path: Path, output: Path, ways: Ways = Ways()) 
         try:
             while waiting:
                 waiting.remove(ended.get())  # not Thread.join: before Python 3.13 Ctrl-C makes it forget the thread
-        except BaseException:
+        except BaseException as reason:
             say("stopping: waiting for the devices to clean up")
             for device in devices:
                 device.stop()
             while waiting:
                 waiting.remove(ended.get())
-            raise
+            if not isinstance(reason, KeyboardInterrupt):
+                raise
     if bugs:
         raise bugs[0]
     return [found[host] for host in hosts]
@@ -180,8 +179,6 @@ def _one(device: Device, parcel: Parcel, wheels: Wheels, ways: Ways, folder: Pat
             record["met"] = failed is None and report.met([found])
             if failed is not None and report.met([found]):
                 raise failed
-        except Stopped:
-            raise
         except Exception as error:  # bugs too: here they cost the results of one device
             told = _told(error)
             record["error"] = {"cause": told.cause, "evidence": told.evidence, "next": told.hint}
@@ -195,6 +192,8 @@ def _told(error: Exception) -> EdgeresError:
     """What the table says of ``error``; a bug keeps its traceback."""
     if isinstance(error, EdgeresError):
         return error
+    if isinstance(error, Stopped):
+        return EdgeresError("interrupted", hint="deploy again")
     if isinstance(error, OSError):
         return EdgeresError(str(error))
     cause = f"{type(error).__name__}, a bug in edgeres"

@@ -2,8 +2,8 @@
 #
 # The step `guard` lasts as long as the connection. It holds the device's lock, and when its input ends, or is silent
 # for too long, it stops the other steps and removes what is named in made/: the one way of cleaning up, whether a
-# deploy ended well, failed, or lost its connection. Facts go to stdout as "edgeres KEY=VALUE", all else to stderr.
-# A step that fails says "Failed: " why, after what the tools it used said.
+# deploy ended well, failed, or lost its connection. So what may hang is a step of its own. Facts go to stdout as
+# "edgeres KEY=VALUE", all else to stderr. A step that fails says "Failed: " why, after what the tools it used said.
 # No backslash stands before a quote or another backslash: some login shells (fish) read those inside of quotes.
 set -u
 umask 077
@@ -69,7 +69,7 @@ finish() {
     say end clean
 }
 
-# $1: seconds of silence after which the other side is gone; $2: the interpreter; $3: "keep" to leave what is whole
+# $1: seconds of silence after which the other side is gone; $2: "keep" to leave what is whole
 guard() {
     fresh=
     [ -d "$cache" ] || fresh=yes
@@ -95,8 +95,7 @@ guard() {
         stop "$other"
         sweep "$other"
     done
-    [ "$3" != keep ] || : > "$mine/keep"
-    look "$2"
+    [ "$2" != keep ] || : > "$mine/keep"
     say ready "$mine"
     if command -v timeout > /dev/null; then
         while [ "$(timeout "$1" dd bs=1 count=1 2>/dev/null)" = . ]; do :; done
@@ -105,6 +104,7 @@ guard() {
     fi
 }
 
+# $1: interpreter or environment -> facts about the device
 look() {
     say system "$(uname -s)"
     say machine "$(uname -m)"
@@ -116,13 +116,14 @@ look() {
     py=$(command -v "$py") || { say python ''; return; }
     say python "$py"
     "$py" -c '
-import importlib.util as find, os, sys
-try:
-    from importlib import metadata
-except ImportError:
-    metadata = None
+import sys
 def say(key, value):
     print("edgeres %s=%s" % (key, value))
+say("version", "%d.%d.%d" % sys.version_info[:3])
+if sys.version_info < (3, 10):
+    sys.exit() # it is too old for edgeres, and maybe for what follows
+import importlib.util as find, os
+from importlib import metadata
 def version(name, module):
     if find.find_spec(module) is None:
         return ""
@@ -130,7 +131,6 @@ def version(name, module):
         return metadata.version(name)
     except Exception:
         return "unknown"
-say("version", "%d.%d.%d" % sys.version_info[:3])
 try:
     say("libc", os.confstr("CS_GNU_LIBC_VERSION"))
 except (AttributeError, OSError, ValueError):
@@ -139,7 +139,23 @@ say("venv", "yes" if find.find_spec("venv") and find.find_spec("ensurepip") else
 say("edgeres", version("edgeres", "edgeres"))
 say("tensorrt", version("tensorrt", "tensorrt"))
 say("cuda", version("pycuda", "pycuda") or version("cuda-python", "cuda"))
-'
+' || {
+        printf 'it ended with status %s\n' $? >&2
+        fail "$py does not work on the device" "mend it there, or name another interpreter with --python"
+    }
+}
+
+# -> hundredths of a second that the other steps have computed, with all in their sessions (proc_pid_stat(5))
+computed() {
+    sum=0
+    for file in /proc/[0-9]*/stat; do
+        { read -r line < "$file"; } 2>/dev/null || continue
+        line=${line##*) } # what stands before is a name, which may hold anything
+        set -- $line
+        [ $# -gt 15 ] || continue
+        [ "$4" = $$ ] || [ ! -e "$mine/pids/$4" ] || sum=$((sum + ${12} + ${13} + ${14} + ${15}))
+    done
+    say computed "$sum"
 }
 
 # what this deploy makes is named before it is there, and with --keep no longer once it is whole

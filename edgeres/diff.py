@@ -106,8 +106,10 @@ def diff(a: Path, b: Path) -> tuple[Record, RenderableType]:
     """What changed from ``a`` to ``b``, as JSON values and for a person. ``worse`` of it lists what got worse.
 
     Worse counts only where it is beyond noise: where the whole 95% interval of a loss lies on the wrong side.
+    ``incomparable`` lists what must be the same of both, "network" and "images", and is not.
     """
     left, right = Side.open(a), Side.open(b)
+    other = {"network": other_network(left, right), "images": other_images(left, right)}
     value: Record = {
         "format": FORMAT,
         "a": left.path,
@@ -123,7 +125,34 @@ def diff(a: Path, b: Path) -> tuple[Record, RenderableType]:
     }
     parts = {"top-1": value["accuracy"], "p50": value["latency"]}
     value["worse"] = [name for name, part in parts.items() if part["change"] == "worse"]
+    value["incomparable"] = [name for name, why in other.items() if why]
     return value, shown(value)
+
+
+def other_network(a: Side, b: Side) -> str:
+    """How B is made from another network than A, as far as is known; empty if it is not.
+
+    The same weights are the same network, however they were exported.
+    """
+    models = [_digest(side, "model") or side.value("made_from", "model") for side in (a, b)]
+    weights = [side.value("provenance", "digests", "weights", "sha256") for side in (a, b)]
+    if None in models or models[0] == models[1] or (weights[0] and weights[0] == weights[1]):
+        return ""
+    return f"the FP32 models differ: {models[0][:12]} and {models[1][:12]}"
+
+
+def other_images(a: Side, b: Side) -> str:
+    """How B was validated on other images than A, which may be easier; empty if it was not, or there is no accuracy."""
+    if _top1(a) is None or _top1(b) is None or not a.result or not b.result:
+        return ""
+    if _digest(a, "images") != _digest(b, "images"):
+        return "the images differ, and others may be easier; validate both on the same"
+    if a.outcomes and b.outcomes:
+        some = np.intersect1d(a.outcomes.index, b.outcomes.index).size
+        return "" if some else "A and B are parts of one set, without an image in common"
+    if any(a.result[key] != b.result[key] for key in ("shard", "images", "skipped")):
+        return "A and B are parts of one set; to compare what both have, the outcomes.npz of both would be needed"
+    return ""
 
 
 def accuracy(a: Side, b: Side) -> Record:
@@ -135,20 +164,20 @@ def accuracy(a: Side, b: Side) -> Record:
         return {**unknown, "note": f"there is no accuracy of {without}"}
     assert a.result
     assert b.result
-    if a.outcomes and b.outcomes and _digest(a, "images") == _digest(b, "images"):
+    if obstacle := other_network(a, b) or other_images(a, b):
+        return {**unknown, "note": f"not judged: {obstacle}"}
+    if a.outcomes and b.outcomes:
         same, i, j = np.intersect1d(a.outcomes.index, b.outcomes.index, return_indices=True)
-        if len(same):
-            before = a.outcomes.hits(a.outcomes.engine_top)[0][i]
-            after = b.outcomes.hits(b.outcomes.engine_top)[0][j]
-            lost, won, n = int((before & ~after).sum()), int((~before & after).sum()), len(same)
-            ends = paired(lost, won, n)
-            counts = {"lost": lost, "won": won, "images": n, "p_value": mcnemar(lost, won)}
-            drop = 100 * (lost - won) / n
-            return {**unknown, **counts, **_judged(drop, ends, 0.0), "how": "paired by image", "note": None}
+        before = a.outcomes.hits(a.outcomes.engine_top)[0][i]
+        after = b.outcomes.hits(b.outcomes.engine_top)[0][j]
+        lost, won, n = int((before & ~after).sum()), int((~before & after).sum()), len(same)
+        counts = {"lost": lost, "won": won, "images": n, "p_value": mcnemar(lost, won)}
+        judged = _judged(100 * (lost - won) / n, paired(lost, won, n), 0.0)
+        of = [s["images"] for s in (a.result, b.result)]
+        note = f"compared on the {n:,} images of both; A has {of[0]:,}, B {of[1]:,}" if of != [n, n] else None
+        return {**unknown, **counts, **judged, "how": "paired by image", "note": note}
     hits = [(round(s["engine"]["top1"] * s["images"] / 100), s["images"]) for s in (a.result, b.result)]
     note = "not paired image by image: the outcomes.npz of both would be needed, so only a large loss shows"
-    if _digest(a, "images") != _digest(b, "images"):
-        note = "not paired: the images differ, and are taken for samples of the same kind"
     drop = 100 * (hits[0][0] / hits[0][1] - hits[1][0] / hits[1][1])
     return {**unknown, **_judged(drop, unpaired(*hits), 0.0), "how": "not paired", "note": note}
 
@@ -181,7 +210,7 @@ def latency(a: Side, b: Side) -> Record:
         return {**found, "note": "not judged: there is no interval without a benchmark of both"}
     interval = [ends[1][0] / ends[0][1], ends[1][1] / ends[0][0]]
     found |= {"interval": interval}
-    if obstacle := next(_incomparable(a, b), None):
+    if obstacle := other_network(a, b) or next(_incomparable(a, b), None):
         return {**found, "note": f"not judged: {obstacle}"}
     judged = _judged(ratio, interval, 1.0)
     found |= {"change": judged["change"], "note": None, "against_fp32": _against_fp32(a, b)}

@@ -20,14 +20,17 @@ def shown(value: Record) -> RenderableType:
     """One table of the numbers of both, then what changed besides, then the judgement."""
     out = plain_table("", "A", "B", "B against A", title="", right=1)
     acc, lat, fid, joules = (value[key] for key in ("accuracy", "latency", "fidelity", "energy"))
-    if acc["drop"] is not None:
-        noise = f"{number(-acc['drop'], sign=True)} ({between([-acc['interval'][1], -acc['interval'][0]], sign=True)})"
+    if None not in acc["top1"]:
+        noise = ""
+        if acc["drop"] is not None:
+            ends = [-acc["interval"][1], -acc["interval"][0]]
+            noise = f"{number(-acc['drop'], sign=True)} ({between(ends, sign=True)})"
         out.add_row("top-1 %", *map(number, acc["top1"]), noise)
     if acc["p_value"] is not None:
         out.add_row("p-value", "", "", probability(acc["p_value"]))
     if lat["ratio"] is not None:
-        ends = f" ({between(lat['interval'], 3)})" if lat["interval"] else ""
-        out.add_row("p50 ms", *map(milliseconds, lat["p50"]), f"{lat['ratio']:.3f} times{ends}")
+        within = f" ({between(lat['interval'], 3)})" if lat["interval"] else ""
+        out.add_row("p50 ms", *map(milliseconds, lat["p50"]), f"{lat['ratio']:.3f} times{within}")
     if joules:
         out.add_row("J/image", *(number(j, 4) for j in joules["joules_per_image"]), _times(joules["joules_per_image"]))
     if fid:
@@ -74,7 +77,9 @@ def _judgement(value: Record) -> Iterator[Text]:
     for what, part in (("top-1", acc), ("p50", lat)):
         if part["change"] == "better":
             yield Text(f"better in {what}", "green")
-    if not value["worse"]:
+    for what in value["incomparable"]:
+        yield Text(f"NOT COMPARABLE: other {what}", "bold red")
+    if not value["worse"] and not value["incomparable"]:
         unknown = [what for what, part in (("top-1", acc), ("p50", lat)) if part["change"] == "unknown"]
         yield Text(f"not worse beyond noise{'; not judged: ' + ', '.join(unknown) if unknown else ''}")
 

@@ -19,6 +19,9 @@ from edgeres.errors import InputError, UsageError
 from edgeres.progress import say
 from edgeres.remote import Place
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of a disk, or of one's share of it, on which nothing more fits."""
+
 
 def sha256_file(path: Place) -> str:
     """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
@@ -50,10 +53,12 @@ def require_writable(path: Path) -> None:
     """`InputError` unless a file can be made at ``path``, whose folder is made: to look before work, not after it."""
     try:
         temporary = _beside(path)
-        temporary.touch()
-        temporary.unlink()
+        try:
+            temporary.write_bytes(bytes(4096))  # a full disk still takes an empty file
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
-        hint = "give -o a file in a folder where you may write"
+        hint = "give -o a file in a folder where you may write, on a disk with room"
         raise InputError(f"cannot write {path}", evidence=error.strerror or str(error), hint=hint) from error
 
 
@@ -66,11 +71,23 @@ def _beside(path: Path) -> Path:
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name ``path`` if the disk fills in the block: a write names no file, and a copy the one that it reads."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            error.filename, error.filename2 = os.fspath(path), None
+        raise
+
+
+@contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; it becomes ``path`` only when the block ends without an error."""
     temporary = _beside(path)
     try:
-        yield temporary
+        with writing(path):
+            yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -7,12 +7,14 @@ runs, and gives back a row per image. What a machine takes with it when it dies,
 
 from __future__ import annotations
 
+import contextvars
 import hashlib
 import json
 import os
 import pickle
 import socket
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -43,8 +45,12 @@ AHEAD = 2
 """Tasks under way for each worker: one that it runs, and one that waits, so that it never does."""
 RETRIES = 3
 """How often Ray runs a task again whose machine or process died."""
+SLOW, ANSWER = 3.0, 10.0
+"""Seconds after which the user is told what is waited for, and that an address has to answer at all."""
 PATIENCE = 60.0
 """Seconds without an answer after which the driver looks whether there still is a machine to wait for."""
+SETTINGS = b"\0\0\0\4\0\0\0\0\0"
+"""A frame of HTTP/2: settings, none of them."""
 SPARE = 256 << 20
 """Bytes of Ray's object store beside the models, where the store is ours: for tasks and their results."""
 
@@ -67,11 +73,14 @@ class Fleet:
             try:
                 parts = _parts(ray, self.cpus, question, models)
             except (ray.exceptions.RayError, ConnectionError) as error:
-                if isinstance(error, ray.exceptions.RayTaskError):  # an error of ours in a worker, or a bug
-                    raise _ours(error) from None
+                reason: BaseException = error
+                if isinstance(error, ray.exceptions.RayTaskError):  # a worker met it
+                    reason = error.cause
+                    if not isinstance(reason, ray.exceptions.RayError):  # an error of ours, or a bug
+                        raise _ours(error) from None
                 raise EdgeresError(
                     "Ray could not finish the validation",
-                    evidence=str(error).strip(),
+                    evidence=str(reason).strip(),
                     hint="the logs of Ray on its machines say more: /tmp/ray/session_latest/logs",
                 ) from error
         return _join(parts, question, ray.__version__)
@@ -99,11 +108,15 @@ def connected(address: str, store_bytes: int) -> Iterator[Any]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # or a cluster started here would report to its makers
     found = (os.environ.get("RAY_ADDRESS") or address) if address == "auto" else address
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    waiting = threading.Timer(SLOW, contextvars.copy_context().run, (say, f"waiting for Ray at {found}"))
+    waiting.daemon = True
+    waiting.start()
     try:
         _refuse_unreachable(found)
         try:
             ray.init(found, **quiet)
         except ConnectionError:
+            waiting.cancel()
             if found != "auto":
                 raise
             say("no Ray cluster runs here: one is started on this machine, for this run")
@@ -115,6 +128,8 @@ def connected(address: str, store_bytes: int) -> Iterator[Any]:
             hint="give host:port from a machine of the cluster, ray://host:10001 from elsewhere, or auto; where the "
             "cluster asks for a token, say so to Ray with RAY_AUTH_MODE=token",
         ) from error
+    finally:
+        waiting.cancel()
     try:
         yield ray
     finally:
@@ -122,11 +137,21 @@ def connected(address: str, store_bytes: int) -> Iterator[Any]:
 
 
 def _refuse_unreachable(address: str) -> None:
-    """Raise `OSError` if nothing listens at ``address``: Ray itself would try for minutes, and then end the process."""
+    """Raise `OSError` if no gRPC answers at ``address``: Ray itself would try for minutes, and then end the process."""
     host, _, port = address.rpartition("/")[2].rpartition(":")
-    if host and port.isdecimal():
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
-            pass
+    if not host or not port.isdecimal():
+        return
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER) as connection:
+        if os.environ.get("RAY_USE_TLS", "").lower() in ("1", "true"):
+            return
+        # each side of HTTP/2 begins with a frame of settings: length (3 bytes), type 4, flags, stream (RFC 9113, 3.4)
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SETTINGS)
+        try:
+            begin = connection.recv(len(SETTINGS))
+        except TimeoutError:
+            raise TimeoutError(f"it takes connections, and did not answer for {ANSWER:g} seconds") from None
+        if begin[3:4] != SETTINGS[3:4]:
+            raise ConnectionError(f"what answers there is not Ray: {begin!r}")
 
 
 def _parts(ray: Any, cpus: int | None, question: Question, models: Sequence[Path]) -> list[Part]:
@@ -277,7 +302,9 @@ def _join(parts: list[Part], question: Question, version: str) -> Found:
         "workers": len({(part.node, part.process) for part in parts}),
         "versions": versions,
     }
-    return Found(rows, bad, manifest_digest([part.hashes for part in parts], images.labels), fleet)
+    hashes = [part.hashes for part in parts]
+    copies = len(images) - len(np.unique(np.frombuffer(b"".join(hashes), "V32")))
+    return Found(rows, bad, manifest_digest(hashes, images.labels), fleet, copies=copies)
 
 
 def manifest_digest(hashes: Sequence[bytes], labels: Sequence[int] | None) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from edgeres.report import checks, labels
-from edgeres.words import between, number
+from edgeres.words import between, count, number
 
 Record = dict[str, Any]
 FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -46,7 +46,7 @@ def _case(suite: ElementTree.Element, r: Record, engine: str, budget: str) -> El
 
 def _numbers(r: Record) -> str:
     """What a reader of the failure wants to see."""
-    lines = [f"{r['images']:,} images, {r['precision'].upper()} on {r['target']}"]
+    lines = [f"{count(r['images'], 'image')}, {r['precision'].upper()} on {r['target']}"]
     if r["drop"]:
         lines.append(f"top-1 FP32 {number(r['baseline']['top1'])} %, engine {number(r['engine']['top1'])} %")
         lines.append(f"drop {number(r['drop']['top1'], sign=True)}, 95% {between(r['drop']['interval'], sign=True)}")

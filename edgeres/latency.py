@@ -20,7 +20,9 @@ from edgeres.tables import Trimmed
 PERCENTILES = {"p50": 500, "p90": 900, "p95": 950, "p99": 990, "p99.9": 999}
 """Name -> how many of 1,000 samples lie at or below it."""
 BEYOND = 2
-"""Samples that must lie beyond a percentile, or it would be the maximum: 200 for p99, 2,000 for p99.9."""
+"""Samples that must lie beyond a percentile, or it would be the maximum or next to it."""
+SURE = 3688
+"""The least number of samples that give p99.9, the rarest of `PERCENTILES`, its interval."""
 CONFIDENCE = 0.95
 SCATTER = 10.0
 """Coefficient of variation, percent, above which a measurement is not called stable."""
@@ -32,16 +34,28 @@ BINS = 40
 def rank(samples: int, per_mille: int) -> int:
     """Which of the ascending ``samples`` is the percentile: trtexec's rule, which takes a sample as it is.
 
-    It leaves out (1 - p) of them from above (NVIDIA/TensorRT: samples/common/sampleReporting.cpp).
+    It leaves out (1 - p) of them from above, in 32-bit floats: 1 of 200 for p99, as 1 - 0.99 is a little less than 0.01
+    there (NVIDIA/TensorRT: samples/common/sampleReporting.cpp, findPercentile).
     """
-    return max(samples - 1 - (1000 - per_mille) * samples // 1000, 0)
+    share = np.float32(1) - np.float32(per_mille / 10) / np.float32(100)
+    return max(samples - 1 - int(share * np.float32(samples)), 0)
+
+
+def median(ordered: np.ndarray) -> float:
+    """Of an ascending array, as trtexec has it: of an even number, the mean of the two in the middle (findMedian)."""
+    return float(ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
 
 
 def percentile(ordered: np.ndarray, per_mille: int) -> float | None:
     """The percentile of an ascending array; None where fewer than `BEYOND` samples lie beyond. A median always is."""
-    n = len(ordered)
-    enough = per_mille == PERCENTILES["p50"] or (1000 - per_mille) * n >= 1000 * BEYOND
-    return float(ordered[rank(n, per_mille)]) if enough else None
+    at = rank(len(ordered), per_mille)
+    enough = per_mille == PERCENTILES["p50"] or len(ordered) - 1 - at >= BEYOND
+    return _value(ordered, per_mille) if enough else None
+
+
+def _value(ordered: np.ndarray, per_mille: int) -> float:
+    """The percentile, however few samples there are."""
+    return median(ordered) if per_mille == PERCENTILES["p50"] else float(ordered[rank(len(ordered), per_mille)])
 
 
 def interval(ordered: np.ndarray, per_mille: int, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
@@ -72,7 +86,7 @@ def _binomial(n: int, p: float) -> np.ndarray:
 def summary(milliseconds: np.ndarray, batch: int) -> dict[str, Any]:
     """p50, p90 and p99 in ms however few samples there are, as results have had them from the first version on."""
     ordered, n = np.sort(milliseconds), len(milliseconds)
-    values = {name: round(float(ordered[rank(n, PERCENTILES[name])]), 4) for name in ("p50", "p90", "p99")}
+    values = {name: round(_value(ordered, PERCENTILES[name]), 4) for name in ("p50", "p90", "p99")}
     return {**values, "batch": batch, "samples": n}
 
 
@@ -128,7 +142,7 @@ def doubts(milliseconds: np.ndarray, limit: float = SCATTER) -> list[str]:
     halves = [np.sort(half) for half in np.array_split(milliseconds, 2)]
     ends = [interval(half, 500) for half in halves]
     if ends[0] and ends[1]:
-        first, second = (float(half[rank(len(half), 500)]) for half in halves)
+        first, second = (median(half) for half in halves)
         apart = ends[0][1] < ends[1][0] or ends[1][1] < ends[0][0]
         if apart and abs(second - first) > DRIFT * first:
             found.append(f"times drift: median {first:.4g} ms in the first half, {second:.4g} ms in the second")
@@ -143,13 +157,23 @@ def speedup(first: np.ndarray, other: np.ndarray, paired: bool = True) -> dict[s
     if paired:
         ratios = np.sort(first / other)
         ends = interval(ratios, 500)
-        value = float(ratios[rank(len(ratios), 500)])
+        value = median(ratios)
     else:
         sides = [np.sort(side) for side in (first, other)]
-        top, bottom = (float(side[rank(len(side), 500)]) for side in sides)
+        top, bottom = (median(side) for side in sides)
         (a, b), value = (interval(side, 500, (1 + CONFIDENCE) / 2) for side in sides), top / bottom
         ends = (a[0] / b[1], a[1] / b[0]) if a and b else None
     return {"of_p50": round(value, 4), "interval": [round(end, 4) for end in ends] if ends else None}
+
+
+def left_out(runners: dict[str, Any]) -> list[str]:
+    """Which percentile has no interval in one of ``runners``, why, and for how long to measure that it has one."""
+    short = [r["seconds"] / r["samples"] for r in runners.values() if r["samples"] < SURE]
+    if not short:
+        return []
+    took = SURE * max(short)
+    seconds = math.ceil(1.1 * took)  # the pace may change
+    return [f"no interval of p99.9: it takes {SURE:,} samples, here {took:.3g} s of each; --seconds {seconds} gives it"]
 
 
 def _rounded(value: float | None) -> float | None:
@@ -161,9 +185,11 @@ def table(record: dict[str, Any]) -> Trimmed:
     runners = record["runners"]
     streams = f", {record['streams']} streams" if record["streams"] > 1 else ""
     preset = f", as {record['preset']} measures" if record["preset"] != "edgeres" else ""
-    title = Text(f"{record.get('title') or 'latency'}, batch {record['batch']}{streams}{preset}", style="bold")
+    batches = [p["batch"] for p in record["sweep"]] or [record["batch"]]
+    batch = f"batch{'es' * (len(batches) > 1)} {', '.join(map(str, batches))}"
+    title = Text(f"{record.get('title') or 'latency'}, {batch}{streams}{preset}", style="bold")
     notes = [f"{name}: {warning}" for name, r in runners.items() for warning in r["warnings"]]
-    notes += [*record["conditions"]["warnings"], *record.get("notes", [])]
+    notes += [*record["conditions"]["warnings"], *record.get("notes", []), *record.get("left_out", [])]
     unstable = [name for name, r in runners.items() if not r["stable"]]
     return Trimmed(
         title,

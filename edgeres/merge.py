@@ -40,6 +40,8 @@ def merge(paths: Sequence[Path], output: Path, root: Path) -> dict[str, Any]:
     if any(record["provenance"]["versions"] != first["provenance"]["versions"] for record in records):
         say("the shards ran under different versions: in one run the last digits may differ")
     budget, accepted = _budget(first, root)
+    if accepted:
+        verdict.refuse_overwriting(root / accepted.path, [output])
     # of the whole set's first flipped images, each is among its own shard's first
     paths_of = {flip["index"]: flip["path"] for record in records for flip in record["flipped"]}
     names = {row["index"]: row["name"] for record in records for row in record["classes"] or ()}

@@ -23,7 +23,7 @@ import numpy as np
 
 from edgeres.data import ImageSet
 from edgeres.errors import EdgeresError, InputError
-from edgeres.files import alone, digest, read_json, write_json
+from edgeres.files import alone, digest, read_json, write_json, writing
 from edgeres.loader import read_ahead, recycled, refuse_all_bad, refuse_bad
 from edgeres.pixels import PAGE, VERSION, Header, Pixels, damaged, open_pixels
 from edgeres.progress import say, track
@@ -155,8 +155,9 @@ def write_pack(images: ImageSet, preprocess: Preprocess, path: str | Path, *, sk
             part.remove()
             return there
         part.resume()
-        part.append(images, preprocess, skip_bad)
-        part.finish(record)
+        with writing(part.file):
+            part.append(images, preprocess, skip_bad)
+            part.finish(record)
         return open_pack(path)
 
 

@@ -9,17 +9,9 @@ from edgeres import panels
 from edgeres.charts import Axis, apart
 from edgeres.data import ImageSet
 from edgeres.errors import need
-from edgeres.report import Column, columns, labels, reasons, speedup
-from edgeres.words import (
-    NONE,
-    between,
-    count,
-    decibels,
-    megabytes,
-    milliseconds,
-    number,
-    probability,
-)
+from edgeres.report import Column, benchmarks, columns, labels, reasons, speedup, unstable
+from edgeres.thumbnails import judged
+from edgeres.words import NONE, between, count, decibels, megabytes, milliseconds, number, probability
 
 Record = dict[str, Any]
 THUMBNAILS = 60
@@ -56,7 +48,9 @@ def content(results: list[Record], engines: Sequence[Record | None] = (), images
     sides = columns(results)
     share = max(1, THUMBNAILS // len(results))
     known = [*engines, *[None] * (len(results) - len(engines))]
-    measured = _benchmarks(results, names)
+    measured = [
+        {"of": ", ".join(of), **panels.benchmark(same[0]["latency"])} for of, same in benchmarks(results, names)
+    ]
     shown = [
         {
             "name": name,
@@ -64,12 +58,12 @@ def content(results: list[Record], engines: Sequence[Record | None] = (), images
             **_headline(r),
             "layers": panels.layers(r),
             "ranges": panels.ranges(r),
-            "flips": panels.flips(r, share, images),
+            "flips": panels.flips(r, share, pictures),
             "classes": panels.classes(r),
             "fusion": panels.fusion(r, engine),
             "provenance": {"precision": r["precision"], "target": r["target"], **r["provenance"]},
         }
-        for name, r, engine in zip(names, results, known, strict=True)
+        for name, r, engine, pictures in zip(names, results, known, judged(results, images), strict=True)
     ]
     words = [r["verdict"] for r in results]
     worst = next((word for word in VERDICTS if word in words), None)
@@ -96,14 +90,16 @@ def _headline(r: Record) -> Record:
     """Verdict and the few numbers that matter, of one engine."""
     css, sign = VERDICTS[r["verdict"]]
     baseline, engine, drop = r["baseline"], r["engine"], r["drop"]
-    p50, (ratio, interval) = [column.p50 for column in columns([r])], speedup(r)
+    p50, (ratio, interval), doubts = [column.p50 for column in columns([r])], speedup(r), unstable(r)
     facts = []
     if drop:
         detail = f"drop {number(drop['top1'], sign=True)} points; 95% {between(drop['interval'], sign=True)}"
         facts.append(("top-1", f"{number(baseline['top1'])} → {number(engine['top1'])} %", detail))
     if ratio is not None:
         faster = f"{ratio:.2f} times as fast as FP32" + (f"; 95% {between(interval)}" if interval else "")
-        facts.append(("latency p50", " → ".join(map(milliseconds, p50)) + " ms", faster))
+        facts.append(
+            ("latency p50" + ", not stable" * bool(doubts), " → ".join(map(milliseconds, p50)) + " ms", faster)
+        )
     facts += [
         (
             "size",
@@ -119,7 +115,8 @@ def _headline(r: Record) -> Record:
     why = reasons(r) or ["no budget was set"]
     if r["shard"]:
         why = [f"shard {r['shard']['index']} of {r['shard']['of']}: a part of the images is not judged"]
-    return {"word": r["verdict"] or "no verdict", "verdict_css": css, "sign": sign, "facts": facts, "reasons": why}
+    word = r["verdict"] or "no verdict"
+    return {"word": word, "verdict_css": css, "sign": sign, "facts": facts, "reasons": why, "doubts": doubts}
 
 
 def _cell(value: str, small: str = "") -> Record:
@@ -209,28 +206,13 @@ def _scatter(sides: list[Column]) -> Record | None:
             "left": across.at(min(time)),
             "right": across.at(max(time)),
             "name_y": name_y,
-            "text": f"{number(c.side['top1'])} %, {milliseconds(p50)} ms",
+            "text": f"{number(c.side['top1'])} %, {milliseconds(p50)} ms{', not stable' * c.shaky}",
         }
         for (c, p50), (lo, hi), time, x, y, name_y in zip(known, ends, times, xs, ys, names, strict=True)
     ]
     y_ticks = [{"at": round(100 - tick.at, 2), "label": tick.label} for tick in upward.ticks(4)]
     within = all(len(c.name) <= SHORT for c, _ in known)  # else the names stand below the chart alone
     return {"points": points, "x_ticks": across.ticks(), "y_ticks": y_ticks, "within": within}
-
-
-def _benchmarks(results: list[Record], names: list[str]) -> list[Record]:
-    """Each benchmark once: engines that were measured together share theirs."""
-    found: list[tuple[Record, list[str]]] = []
-    for r, name in zip(results, names, strict=True):
-        latency = r.get("latency")
-        if latency is None:
-            continue
-        known = next((of for record, of in found if record == latency), None)
-        if known is None:
-            found.append((latency, [name]))
-        else:
-            known.append(name)
-    return [{"of": ", ".join(of), **panels.benchmark(record)} for record, of in found]
 
 
 def _plain_latency(sides: list[Column]) -> Record | None:

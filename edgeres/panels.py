@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from edgeres.charts import Axis, histogram
-from edgeres.data import ImageSet
 from edgeres.recipe import Preprocess
 from edgeres.report import colors
-from edgeres.thumbnails import Thumbnail, thumbnails
+from edgeres.thumbnails import Judged, thumbnails
 from edgeres.words import NONE, between, count, milliseconds, number, probability, spread
 
 Record = dict[str, Any]
@@ -95,7 +94,7 @@ def ranges(r: Record) -> list[Record] | None:
     return found or None
 
 
-def flips(r: Record, most: int, images: ImageSet | None = None) -> Record | None:
+def flips(r: Record, most: int, judged: Judged) -> Record | None:
     """The answers that changed: the first ``most`` with a thumbnail, the rest as rows."""
     flipped = r["flipped"]
     if len(flipped) < min(r["flipped_total"], 1):  # of an earlier version, which counted them alone
@@ -106,7 +105,8 @@ def flips(r: Record, most: int, images: ImageSet | None = None) -> Record | None
         return NONE if index is None else names.get(index, f"class {index}")
 
     shown = flipped[:most]
-    pictures = _pictures(r, [f["path"] for f in shown], images)
+    preprocess = Preprocess.from_json(r["provenance"]["preprocess"])
+    pictures = thumbnails([f["path"] for f in shown], preprocess, judged.images)
     rows = [
         {
             "path": f["path"],
@@ -129,12 +129,8 @@ def flips(r: Record, most: int, images: ImageSet | None = None) -> Record | None
         "total": r["flipped_total"],
         "images": r["images"],
         "listed": len(flipped),
+        "others": judged.why,
     }
-
-
-def _pictures(r: Record, paths: list[str], images: ImageSet | None) -> list[Thumbnail]:
-    preprocess = Preprocess.from_json(r["provenance"]["preprocess"])
-    return thumbnails(paths, preprocess, images)
 
 
 def classes(r: Record) -> Record | None:
@@ -179,8 +175,8 @@ def benchmark(latency: Record) -> Record:
         "rows": _rows(runners),
         "ridges": _ridges(runners, css),
         "speedups": _speedups(latency.get("speedup") or {}, css, next(iter(runners), "")),
-        "doubts": [f"{name}: {words}" for name, run in runners.items() for words in _doubts(run)],
-        "notes": list(latency.get("notes") or []),
+        "doubts": list(_doubts(latency)),
+        "notes": [*(latency.get("notes") or []), *(latency.get("left_out") or [])],
         "sweep": _sweep(latency.get("sweep") or []),
         "conditions": conditions(latency.get("conditions")),
         "machine": latency.get("machine"),
@@ -188,17 +184,20 @@ def benchmark(latency: Record) -> Record:
 
 
 def _setting(latency: Record) -> str:
-    streams = latency.get("streams") or 1
-    return ", ".join(
-        [f"batch {latency['batch']}", *([f"{streams} streams"] if streams > 1 else []), f"preset {latency['preset']}"]
-    )
+    streams, sweep = latency.get("streams") or 1, [str(entry["batch"]) for entry in latency.get("sweep") or []]
+    more = [f"{streams} streams"] * (streams > 1) + [f"sweep of batches {', '.join(sweep)} below"] * bool(sweep)
+    return "; ".join([f"batch {latency['batch']}", *more, f"preset {latency['preset']}"])
 
 
-def _doubts(run: Record) -> Iterator[str]:
-    warnings = run.get("warnings") or []
-    if run.get("stable") is False and not warnings:
-        yield "not stable"
-    yield from warnings
+def _doubts(latency: Record) -> Iterator[str]:
+    """A line for each runner that is not stable, with the reasons; then what else is to be known of each."""
+    conditions = (latency.get("conditions") or {}).get("warnings") or []
+    for name, run in latency["runners"].items():
+        warnings = run.get("warnings") or []
+        if run.get("stable") is False:
+            yield f"{name} is not stable: {'; '.join([*warnings, *conditions]) or 'no reason is recorded'}"
+        else:
+            yield from (f"{name}: {warning}" for warning in warnings)
 
 
 def _rows(runners: Record) -> list[Record]:

@@ -31,10 +31,13 @@ from edgeres.typed import quantize_model, target_of
 from edgeres.validate import Found, Network, Question, Shard
 from edgeres.verdict import Accepted
 
+COPIES = "copies of others: they count as new evidence and are none, so that intervals are too narrow"
+
 
 def run(job: Job, precisions: tuple[str, ...]) -> list[dict[str, Any]]:
     """Weights to verdict, for each of ``precisions`` -> one result each."""
     validation_images(job)  # before the minutes that the rest takes
+    refuse_overwriting(job, [_result_file(job.with_engine(precision=p).folder) for p in precisions])
     engines = [ensure_engine(job.with_engine(precision=p)) for p in precisions]
     return validate_engines(job, engines)
 
@@ -90,6 +93,7 @@ def validate_engines(
     A run that was cut short goes on. A ``shard`` is neither timed nor judged; `merge` makes one result of all of them.
     A ``fleet`` of machines gives the result that this one would have given, and is not timed.
     """
+    refuse_overwriting(job, [_result_file(engine.path.parent, shard) for engine in engines])
     fp32 = ensure_model(job)
     model = graph.load(fp32)
     record = graph.normal_form(model, fp32)
@@ -104,11 +108,12 @@ def validate_engines(
     found = fleet.find(question) if fleet else _find(job, question, shard)
     for place in sorted({place for rows in found.rows for place in rows.skipped.tolist()}):
         say(f"skipped {images.paths[place]}: {found.bad.get(place, validate.UNREADABLE)}")
-    times = lineup.run(job, engines, Plan()) if shard is None and fleet is None else None
+    times = lineup.run(job, engines, Plan(tail=False)) if shard is None and fleet is None else None
     digests = {"model": network, "images": found.digest, "weights": record["weights"]}
+    notes = [f"{found.copies:,} of {len(images):,} images are {COPIES}"] if found.copies else []
     results = []
     for i, (engine, rows) in enumerate(zip(engines, found.rows, strict=True)):
-        path = engine.path.with_name(f"result-{shard.index}of{shard.of}.json" if shard else "result.json")
+        path = _result_file(engine.path.parent, shard)
         result = make_result(
             job.stem,
             engine.record,
@@ -124,6 +129,7 @@ def validate_engines(
             shard,
             times,
         )
+        result["notes"] = [*result["notes"], *notes]
         if found.fleet:
             result["provenance"]["fleet"] = found.fleet
         write_json(path, result)
@@ -150,7 +156,8 @@ def _find(job: Job, question: Question, shard: Shard | None) -> Found:
         networks = [Network(*each) for each in zip(question.names, runners, stores, strict=True)]
         bad = validate.answer(networks, images, question.preprocess, batches, question.skip_bad)
         rows = [validate.outcomes(stores[0], store, images, batches) for store in stores[1:]]
-    return Found(rows, bad, about.manifest, stores=stores[1:])
+    copies = len(images) - len(set(manifest.hashes))
+    return Found(rows, bad, about.manifest, stores=stores[1:], copies=copies)
 
 
 def about_fp32(network: str, preprocess: Preprocess, manifest: str, images: int, classes: int) -> About:
@@ -194,6 +201,17 @@ def images_to_judge(job: Job, classes: int) -> ImageSet:
         unmet = ", and the budget cannot be met" if job.recipe.budget.given else ""
         say(f"the images have no labels: fidelity is measured, accuracy is not{unmet}")
     return images
+
+
+def _result_file(folder: Path, shard: Shard | None = None) -> Path:
+    """Where the result of the engine in ``folder`` is written, or that of a shard of it."""
+    return folder / (f"result-{shard.index}of{shard.of}.json" if shard else "result.json")
+
+
+def refuse_overwriting(job: Job, results: list[Path]) -> None:
+    """Raise `UsageError` if the accepted result is one of those that a run writes: the next would be judged by this."""
+    if job.recipe.budget.accepted:
+        verdict.refuse_overwriting(Path(job.recipe.budget.accepted), results, job.show)
 
 
 def _accepted(job: Job, engine: build.Engine) -> Accepted | None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 from typing import Any, NamedTuple
 
-from rich.table import Table
 from rich.text import Text
+
+from edgeres.tables import Measured
+from edgeres.words import count, probability
 
 Record = dict[str, Any]
 
@@ -40,6 +42,11 @@ class Column(NamedTuple):
         """Its 95% interval, if it was measured."""
         return ((self.runner or {}).get("intervals") or {}).get("p50")
 
+    @property
+    def shaky(self) -> bool:
+        """Whether the benchmark found its latency not to be stable."""
+        return bool(self.runner and not self.runner["stable"])
+
 
 def groups(results: list[Record]) -> list[list[Record]]:
     """Results that were compared with the same FP32 baseline on the same images, together."""
@@ -52,17 +59,27 @@ def groups(results: list[Record]) -> list[list[Record]]:
 
 def columns(results: list[Record], among: list[Record] | None = None) -> list[Column]:
     """Every baseline once, before the engines that were compared with it; names are those ``among`` more results."""
-    several = len({r["model"] for r in results}) > 1
-    among = among or results
+    among, together = among or results, groups(results)
     named = {id(r): name for r, name in zip(among, labels(among), strict=True)}
-    css = {id(r): color for r, color in zip(results, colors([r["precision"].upper() for r in results]), strict=True)}
+    css = colors(["FP32"] * len(together) + [r["precision"].upper() for r in results])
+    color = dict(zip(map(id, results), css[len(together) :], strict=True))
     out = list[Column]()
-    for group in groups(results):
-        first = group[0]
-        name = f"FP32 {first['model']}" if several else "FP32"
-        out.append(Column(name, "c0", first, first["baseline"], False))
-        out += [Column(named[id(r)], css[id(r)], r, r["engine"], True) for r in group]
+    for name, paint, group in zip(_baselines(together), css, together, strict=False):
+        out.append(Column(name, paint, group[0], group[0]["baseline"], False))
+        out += [Column(named[id(r)], color[id(r)], r, r["engine"], True) for r in group]
     return out
+
+
+def _baselines(together: list[list[Record]]) -> list[str]:
+    """What to call the baseline of each group: FP32, and as much more as tells them apart."""
+    names = ["FP32"] * len(together)
+    for more in (
+        [group[0]["model"] for group in together],
+        [f"on {count(group[0]['images'], 'image')}" for group in together],
+    ):
+        if len(set(more)) > 1 and len(set(names)) < len(names):
+            names = [f"{name} {what}" for name, what in zip(names, more, strict=True)]
+    return _numbered(names)
 
 
 def colors(names: list[str]) -> list[str]:
@@ -81,7 +98,25 @@ def labels(results: list[Record]) -> list[str]:
     if len(set(names)) < len(names):  # one engine on several devices
         hosts = [r["provenance"].get("host") for r in results]
         names = [f"{name} {host}" if host else name for name, host in zip(names, hosts, strict=True)]
+    return _numbered(names)
+
+
+def _numbered(names: list[str]) -> list[str]:
     return [f"{name} ({names[: i + 1].count(name)})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def benchmarks(results: list[Record], names: list[str]) -> list[tuple[list[str], list[Record]]]:
+    """Each benchmark once: ``names`` and results of the engines that were measured in it together."""
+    found = list[tuple[list[str], list[Record]]]()
+    for r, name in zip(results, names, strict=True):
+        if r["latency"] is None:
+            continue
+        known = next((of for of in found if of[1][0]["latency"] == r["latency"]), None)
+        if known is None:
+            found.append(known := ([], []))
+        known[0].append(name)
+        known[1].append(r)
+    return found
 
 
 def speedup(r: Record) -> tuple[float | None, list[float] | None]:
@@ -95,17 +130,17 @@ def speedup(r: Record) -> tuple[float | None, list[float] | None]:
     return (baseline.p50 / engine.p50, None) if baseline.p50 and engine.p50 else (None, None)
 
 
-def shown(results: list[Record]) -> list[Table | Text]:
+def shown(results: list[Record]) -> list[Measured | Text]:
     """What the terminal shows: a table for each baseline, intervals where there are any, verdicts and notes."""
-    out: list[Table | Text] = []
+    out: list[Measured | Text] = []
     for group in groups(results):
         more = intervals(group, results)
         out += [table(group, results), *([more] if more else [])]
     return [*out, *verdicts(results)]
 
 
-def table(results: list[Record], among: list[Record] | None = None) -> Table:
-    """One row for the FP32 baseline, one per engine, named as `columns` does. Fits 80 columns."""
+def table(results: list[Record], among: list[Record] | None = None) -> Measured:
+    """One row for the FP32 baseline, one per engine, named as `columns` does."""
     first = results[0]
     rows = [["", "top-1 %", "drop", "95% interval", "agree %", "SQNR", "MB", "p50 ms", "p99 ms"]]
     for c in columns(results, among):
@@ -120,37 +155,27 @@ def table(results: list[Record], among: list[Record] | None = None) -> Table:
         top1 = "" if c.side["top1"] is None else f"{c.side['top1']:.2f}"
         rows.append([c.name, top1, *middle, f"{c.side['size_bytes'] / 1e6:.1f}", *times])
     where = " and ".join(dict.fromkeys(r["target"] for r in results))
-    return _table(f"{first['model']} on {where}, {first['images']:,} images", rows)
+    return Measured(f"{first['model']} on {where}, {count(first['images'], 'image')}", rows)
 
 
-def intervals(results: list[Record], among: list[Record] | None = None) -> Table | None:
-    """The 95% intervals of the numbers above, and the speed-up; None if the results hold none. Fits 80 columns."""
-    headings = ["95% intervals", "top-1 %", "top-5 %", "p50 ms", "faster", ""]
-    rows = [headings]
+def intervals(results: list[Record], among: list[Record] | None = None) -> Measured | None:
+    """The 95% intervals of the numbers above, and of top-5 and the speed-up; the p-value of the drop in top-1.
+
+    None if the results hold none.
+    """
+    rows = [["95% intervals", "top-1 %", "top-5 %", "p-value", "p50 ms", "faster"]]
     for c in columns(results, among):
         ratio, ends = speedup(c.record) if c.engine else (None, None)
-        accuracy = [_ends(c.side.get(f"{key}_interval")) for key in ("top1", "top5")]
-        faster = [f"{ratio:.2f}x" if ratio and ends else "", _ends(ends)]
-        rows.append([c.name, *accuracy, _ends(c.p50_interval), *faster])
+        top1, top5 = (_ends(c.side.get(f"{key}_interval")) for key in ("top1", "top5"))
+        p = probability(c.record["drop"]["p_value"]) if c.engine and c.record["drop"] else ""
+        faster = f"{ratio:.2f}x {_ends(ends)}" if ratio and ends else ""
+        rows.append([c.name, top1, f"{c.side['top5']:.2f} {top5}" if top5 else "", p, _ends(c.p50_interval), faster])
     kept = [i for i, column in enumerate(zip(*rows, strict=True)) if i == 0 or any(column[1:])]
-    return _table("", [[cells[i] for i in kept] for cells in rows]) if len(kept) > 1 else None
+    return Measured("", [[cells[i] for i in kept] for cells in rows]) if len(kept) > 1 else None
 
 
 def _ends(ends: list[float] | None) -> str:
     return f"{ends[0]:.2f} {ends[1]:.2f}" if ends else ""
-
-
-def _table(title: str, rows: list[list[str]]) -> Table:
-    """The first of ``rows`` is the heading. As wide as it must be: a number cut short would be a wrong number."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    gap = 2 if sum(widths) + 2 * (len(widths) - 1) <= 80 else 1
-    name = Text(title) if title else None  # brackets in it are no markup
-    out = Table(title=name, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, gap, 0, 0))
-    for i, heading in enumerate(rows[0]):
-        out.add_column(heading, justify="right" if i else "left", no_wrap=True)
-    for cells in rows[1:]:
-        out.add_row(*map(Text, cells))
-    return out
 
 
 def verdicts(results: list[Record]) -> list[Text]:
@@ -168,19 +193,19 @@ def verdicts(results: list[Record]) -> list[Text]:
             lines.append(Text(f"{name} note: {part}; `edgeres report merge` makes one result of all"))
         lines += [Text(f"{name} note: {note}") for note in r["notes"]]
         if r["skipped"]:
-            lines.append(Text(f"{name} note: {len(r['skipped'])} unreadable images left out"))
-    named = zip(labels(results), results, strict=True)
-    for _, benchmark in itertools.groupby(named, key=lambda each: each[1]["latency"]):
-        names, measured = zip(*benchmark, strict=True)
+            lines.append(Text(f"{name} note: {count(len(r['skipped']), 'unreadable image')} left out"))
+    for names, measured in benchmarks(results, labels(results)):
+        of = " and ".join(names)
         if doubts := unstable(*measured):
-            lines.append(Text(f"{' and '.join(names)} latency is not stable: {'; '.join(doubts)}", style="yellow"))
+            lines.append(Text(f"{of} latency is not stable: {'; '.join(doubts)}", style="yellow"))
+        lines += [Text(f"{of} latency note: {note}") for note in measured[0]["latency"].get("notes") or []]
     return lines
 
 
 def unstable(*results: Record) -> list[str]:
     """What makes the latency of ``results`` of one benchmark doubtful, of FP32 or an engine; empty if it is steady."""
     sides = [Column("", "", r, r[key], key == "engine") for key in ("baseline", "engine") for r in results]
-    shaky = [c for c in sides if c.runner and not c.runner["stable"]]
+    shaky = [c for c in sides if c.shaky]
     own = [f"{c.side['name']}: {warning}" for c in shaky for warning in (c.runner or {})["warnings"]]
     return list(dict.fromkeys(own)) + (results[0]["latency"]["conditions"]["warnings"] if shaky else [])
 

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgeres import machine
-from edgeres.errors import InputError
+from edgeres import machine, schema
+from edgeres.errors import InputError, UsageError
 from edgeres.outcomes import ABSENT, Outcomes
+from edgeres.recipe import Preprocess
 from edgeres.statistics import holm, mcnemar, paired, wilson
 from edgeres.validate import Comparison, Shard
 
 FORMAT = "edgeres result 2"
 FORMER = "edgeres result 1"
 """Of edgeres before 0.2: without labels, intervals of accuracies, classes, flipped images, reasons, shards."""
-VERDICTS = ("PASS", "NOT ENOUGH IMAGES", "NO LABELS", "FAIL")
-"""What a budget may come to. Only the first is a pass; without labels no number of images would be."""
-WORD = ", ".join(VERDICTS)
+SIDES, VERDICTS = schema.SIDES, schema.VERDICTS
 MOST_FLIPPED = 200
 """Changed answers that are listed one by one."""
 
@@ -166,38 +165,6 @@ def _kind(label: int, before: int, after: int) -> str:
     return {before: "right_to_wrong", after: "wrong_to_right"}.get(label, "wrong_to_wrong")
 
 
-SIDES = ("baseline", "engine")
-FIELDS = (
-    ("object", "* agreement budget provenance provenance.digests provenance.built_with provenance.preprocess"),
-    ("object", "provenance.versions provenance.machine"),
-    ("object?", "drop flips shard budget.accepted latency *.latency_ms provenance.quantization"),
-    ("list", "skipped flipped reasons notes"),
-    ("list?", "classes layers ranges verdicts"),
-    ("object", "flipped[] flipped[].* classes[] layers[] ranges[]"),
-    ("text", "name model target precision *.name *.precision skipped[] reasons[] notes[] budget.accepted.path"),
-    ("text", "flipped[].path flipped[].kind layers[].name ranges[].tensor"),
-    ("text", "provenance.digests.model provenance.digests.images provenance.digests.engine"),
-    ("text?", "classes[].name"),
-    (f"{WORD}?", "verdict"),
-    (WORD, "verdicts[]"),
-    ("true or false", "labels"),
-    ("count", "images images_of flipped_total flips.right_to_wrong flips.wrong_to_right shard.index shard.of"),
-    ("count", "*.size_bytes *.latency_ms.batch *.latency_ms.samples flipped[].index flipped[].*.answer"),
-    ("count", "classes[].index classes[].images classes[].* classes[].lost classes[].won"),
-    ("count?", "images_needed flips.wrong_to_wrong flipped[].label"),
-    ("number", "drop.top1 drop.top5 drop.p_value agreement.top1 agreement.top5 kl"),
-    ("number", "*.latency_ms.p50 *.latency_ms.p90 *.latency_ms.p99 budget.accepted.top1 budget.accepted.max_loss"),
-    ("number", "flipped[].margin flipped[].*.probability classes[].p_value classes[].p_adjusted"),
-    ("number?", "*.top1 *.top5 sqnr_db budget.max_drop budget.min_relative layers[].sqnr_db"),
-    ("pair of numbers", "drop.interval"),
-    ("pair of numbers?", "drop.top5_interval *.top1_interval *.top5_interval"),
-)
-"""What fields are, in the order of checking: what holds a field comes before it.
-
-``?``: or null. ``[]``: each of a list. ``*``: baseline and engine.
-"""
-
-
 def load(path: Path) -> list[dict[str, Any]]:
     """The results in a file that `validate` or `run` wrote, one or a list; `InputError` naming what is wrong.
 
@@ -218,15 +185,13 @@ def load(path: Path) -> list[dict[str, Any]]:
                 evidence=f"its format is {form!r}, expected {FORMAT!r}",
                 hint="`edgeres validate` writes one",
             )
-        try:
-            if form == FORMER:
-                _fill(record)
-            record.setdefault("verdicts", None)  # the first results of this format have none
-            wrong = next(_wrong(record), None)
-        except (AttributeError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
-            wrong = f"{type(error).__name__}: {error}"
-        if wrong:
-            raise InputError(f"result {path} is damaged", evidence=wrong, hint="validate again to write it anew")
+        again = f"result {path}", "validate again to write it anew"
+        if form == FORMER:
+            schema.refuse(schema.wrong(record, schema.FORMER), *again)
+            _fill(record)
+        record.setdefault("verdicts", None)  # the first results of this format have none
+        schema.refuse(schema.wrong(record, schema.RESULT), *again)
+        schema.refuse(_at_odds(record), *again)
     return records
 
 
@@ -249,45 +214,16 @@ def _fill(record: dict[str, Any]) -> None:
     record |= {key: value for key, value in more.items() if key not in record}
 
 
-def _wrong(record: dict[str, Any]) -> Iterator[str]:
-    """A line for each field that is missing or not what it should be."""
-    for kind, paths in FIELDS:
-        name, optional = kind.removesuffix("?"), kind.endswith("?")
-        for path in (p.replace("*", side) for p in paths.split() for side in (SIDES if "*" in p else SIDES[:1])):
-            for place, value in _at(record, path):
-                if value is ...:
-                    yield f"{place} is missing"
-                elif not (_is(value, name) or (optional and value is None)):
-                    yield f"{place} is {json.dumps(value)[:40]}, not {name}{' or null' * optional}"
+def _at_odds(record: dict[str, Any]) -> Iterator[str]:
+    """A line for each field that does not go with another, or with what reads it."""
     if record["labels"] and record["drop"] is None:
         yield "drop is null, though there are labels"
-
-
-def _at(value: Any, path: str, place: str = "") -> Iterator[tuple[str, Any]]:
-    """Every (place, value) at a dotted path; ... where there is none. Below null there is nothing to find."""
-    key, _, rest = path.partition(".")
-    name = key.removesuffix("[]")
-    found = value.get(name, ...)
-    items = [(f"{place}{name}", found)]
-    if key.endswith("[]"):
-        items = [(f"{place}{name}[{i}]", item) for i, item in enumerate(found or ())]
-    for where, item in items:
-        if not rest:
-            yield where, item
-        elif item is not None:
-            yield from _at(item, rest, f"{where}.")
-
-
-def _is(value: Any, kind: str) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    kinds: dict[str, Callable[[], bool]] = {
-        "object": lambda: isinstance(value, dict),
-        "list": lambda: isinstance(value, list),
-        "text": lambda: isinstance(value, str),
-        WORD: lambda: value in VERDICTS,
-        "true or false": lambda: isinstance(value, bool),
-        "number": lambda: number,
-        "count": lambda: number and isinstance(value, int) and value >= 0,
-        "pair of numbers": lambda: isinstance(value, list) and len(value) == 2 and all(_is(v, "number") for v in value),
-    }
-    return kinds[kind]()
+    for side, key in itertools.product(SIDES, ("top1", "top5")):
+        if record["drop"] and record[side][key] is None:
+            yield f"{side}.{key} is null, though there is a drop"
+    if record["verdict"] and not record["reasons"] and None in (record["drop"], record["budget"]["max_drop"]):
+        yield "reasons is [], though there is a verdict"
+    try:
+        Preprocess.from_json(record["provenance"]["preprocess"])
+    except UsageError as error:
+        yield f"provenance.preprocess: {error.cause}"

@@ -10,7 +10,6 @@ Who can change an archive can take its signature away as well, or sign it anew: 
 
 from __future__ import annotations
 
-import errno
 import glob
 import io
 import os
@@ -26,7 +25,7 @@ from typing import IO
 
 from edgeres import signature
 from edgeres.errors import EdgeresError, InputError
-from edgeres.files import atomic, sha256_file, temporary_name
+from edgeres.files import FULL, atomic, sha256_file, temporary_name
 
 SUMS, SIGNATURE = "SHA256SUMS", "SHA256SUMS.sig"
 BLOCK = 512
@@ -148,6 +147,7 @@ class Sealed:
         anew, unless that would remove other files (`InputError`). `EdgeresError` if there is no room.
         """
         folder = folder.resolve()
+        _clear(folder)
         if self._is_in(folder):
             return
         here = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()}
@@ -162,7 +162,6 @@ class Sealed:
         temporary = temporary_name(folder)
         need = sum(member.size + 2 * PAGE for member in self.members.values())
         try:
-            _clear(folder)
             with _room(folder.parent, need, "unpack"):
                 self._unpack(temporary)
             if folder.exists():
@@ -180,7 +179,7 @@ class Sealed:
 
     def _unpack(self, folder: Path) -> None:
         folder.mkdir(parents=True)
-        with _open(self.path) as file:
+        with _locked(folder, wait=True), _open(self.path) as file:
             for member in self.members.values():
                 target = folder / member.name
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -229,11 +228,36 @@ def _copy(source: IO[bytes], size: int, out: IO[bytes]) -> str:
 
 
 def _clear(folder: Path) -> None:
-    """Remove what an unpacking into ``folder`` left that was killed: nothing in it has changed for an hour."""
+    """Remove what an unpacking into ``folder`` left that was killed: nobody holds it, and nothing in it is new."""
     for old in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
-        with suppress(OSError):  # another process may be clearing it, too
-            if max(p.lstat().st_mtime for p in (old, *old.rglob("*"))) < time.time() - 3600:
+        with suppress(OSError), _locked(old, wait=False) as alone:  # who holds it is at work, or clears it, too
+            if max(p.lstat().st_mtime for p in (old, *old.rglob("*"))) < time.time() - (60 if alone else 3600):
                 shutil.rmtree(old)
+
+
+@contextmanager
+def _locked(folder: Path, wait: bool) -> Iterator[bool]:
+    """Hold ``folder`` in the block; False where there are no locks. Without ``wait`` `OSError` if another holds it.
+
+    The system lets go of what a killed process held.
+    """
+    if os.name != "posix":
+        yield False
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except BlockingIOError:
+            raise
+        except OSError:  # some network file systems have none
+            held = False
+        yield held
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -249,7 +273,7 @@ def _room(folder: Path, need: int, to: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         raise EdgeresError(cause, evidence=f"it takes {need:,} bytes: {error.strerror}", hint=hint) from error
 

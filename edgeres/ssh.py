@@ -7,6 +7,7 @@ authenticates once.
 
 from __future__ import annotations
 
+import contextvars
 import os
 import re
 import secrets
@@ -26,11 +27,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from edgeres.errors import EdgeresError, UsageError
+from edgeres.progress import say
 
 BEAT, SILENCE = 10, 120
 """Seconds between two signs of life, and after how many without one a device takes the connection as cut."""
 ENDING = 60
 """Seconds that a device has to clean up before it is left to itself."""
+LOGIN, LOOK, HUSH = 120, 60, 300
+"""Seconds that a login may take if it asks nothing (a key may want to be touched), and a look at the device; and after
+how many without a sign of life of any other step the user is told. Twice as many end it."""
 DENIED, UNKNOWN = "Permission denied", "Host key verification failed"
 CHANGED = "REMOTE HOST IDENTIFICATION HAS CHANGED"
 """What ssh says when it refuses, or is refused."""
@@ -72,6 +77,8 @@ class Device:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (it lasts as long as the connection)
         self._guard: Process | None = None
         self._stopped = self._connected = False
+        self._hung = ""
+        self._ending: threading.Timer | None = None
         self._lock = threading.Lock()
 
     def connect(self, python: str, keep: bool, ask: threading.Lock) -> dict[str, str]:
@@ -80,7 +87,7 @@ class Device:
         Without questions first. Where one must be answered (a passphrase, an unknown host key) and there is a terminal,
         again under ``ask``: one device at a time.
         """
-        arguments = ("guard", str(SILENCE), python, "keep" if keep else "")
+        arguments = ("guard", str(SILENCE), "keep" if keep else "")
         facts = self._connect(arguments, "BatchMode=yes")
         if facts is None and sys.stdin is not None and sys.stdin.isatty() and _asks(self._told()):
             with ask:
@@ -89,7 +96,7 @@ class Device:
             raise self._refused()
         self._connected = True
         threading.Thread(target=self._beat, daemon=True).start()
-        return facts
+        return facts | self.step("look", python, limit=LOOK)
 
     def _connect(self, arguments: Sequence[str], *options: str) -> dict[str, str] | None:
         """Facts once the guard is at work; None if it did not come to that."""
@@ -100,11 +107,16 @@ class Device:
         self._guard = self._open(command, stdin=pipe, stdout=pipe, stderr=self._errors, start_new_session=bool(options))
         facts = dict[str, str]()
         assert self._guard.stdout
+        limit = _timer(LOGIN, self._guard.kill)
+        if not options:  # the user answers what ssh asks
+            limit.cancel()
         for line in _lines(self._guard.stdout):
             _note(line, facts)
             if "ready" in facts:
+                limit.cancel()
                 return facts
         self._guard.wait()
+        limit.cancel()
         _close_pipes(self._guard)
         if self._stopped:
             raise Stopped
@@ -116,15 +128,23 @@ class Device:
         stdin: IO[Any] | None = None,
         stdout: IO[Any] | None = None,
         live: Callable[[str], None] = lambda line: None,
+        limit: float | None = None,
     ) -> dict[str, str]:
         """Run a step of device.sh -> facts, or to ``stdout`` what it writes. ``live`` is given lines of its stderr.
 
-        Raises `EdgeresError` with the device's words if it fails, `LostConnection` if the connection does.
+        Raises `EdgeresError` with the device's words if it fails, `LostConnection` if the connection does. One that
+        hangs, or takes more than ``limit`` seconds, ends the connection.
         """
         if self._over():
             raise self._lost(arguments[0], [])
         errors, facts = deque[str](maxlen=LINES), dict[str, str]()
+        heard, over = 0, threading.Event()
         with tempfile.TemporaryFile() as own:
+
+            def signs() -> tuple[int, ...]:
+                sent = os.lseek(stdin.fileno(), 0, os.SEEK_CUR) if stdin else 0
+                return heard, sent, os.fstat((stdout or own).fileno()).st_size
+
             command = self._command(arguments, "ControlMaster=no", "BatchMode=yes")
             running = self._open(
                 command,
@@ -134,16 +154,26 @@ class Device:
                 start_new_session=True,
             )
             assert running.stderr
+            watch = (self._watch, arguments[0], limit, signs, over)
+            threading.Thread(target=contextvars.copy_context().run, args=watch, daemon=True).start()
             with running as process:
                 for raw in _lines(running.stderr):
+                    heard += 1
                     errors.append(_clean(raw))
                     live(errors[-1])
                 code = process.wait()
+            over.set()
             own.seek(0)
             for line in _lines(own):
                 _note(line, facts)
         if self._stopped:
             raise Stopped
+        if self._hung:
+            raise LostConnection(
+                f"{facts.get('python', arguments[0])} hangs on the device",
+                evidence="\n".join([self._hung, *(line for line in list(errors)[-3:] if line)]),
+                hint=f"see why: {self._call}" + "; or name another interpreter with --python" * ("python" in facts),
+            )
         if code == LOST or self._over():
             raise self._lost(arguments[0], list(errors))
         if code:
@@ -155,9 +185,8 @@ class Device:
         with self._lock:
             self._stopped = True
             guard = self._guard
-        if guard and guard.stdin and self._connected:
-            with suppress(OSError):
-                guard.stdin.close()  # the device ends the step; ssh of a step that is killed would not let go of it
+        if self._connected:
+            self._end()
         elif guard and guard.poll() is None:
             guard.terminate()
 
@@ -167,21 +196,57 @@ class Device:
         guard, said = self._guard, dict[str, str]()
         if guard is None or guard.stdin is None or guard.stdout is None or guard.stdout.closed:
             return []
-        cut = guard.poll() is not None
-        with suppress(OSError):
-            guard.stdin.close()
+        cut = guard.poll() is not None and self._ending is None
+        self._end()
         left = deque[str](maxlen=FACTS)
-        timer = threading.Timer(ENDING, guard.kill)
-        timer.start()
         for line in _lines(guard.stdout):
             _note(line, said)
             left += [said.pop("left")] if "left" in said else []
         guard.wait()
-        timer.cancel()
+        if self._ending:
+            self._ending.cancel()
         _close_pipes(guard)
         if left:
             return [f"could not be removed from the device: {', '.join(left)}"]
         return [] if cut or "end" in said else ["the device did not say that it has cleaned up"]
+
+    def _end(self) -> None:
+        """Let the device end its steps and clean up; ssh of a step that is killed would not let go of it."""
+        assert self._guard
+        assert self._guard.stdin
+        with suppress(OSError):
+            self._guard.stdin.close()
+        self._ending = self._ending or _timer(ENDING, self._guard.kill)
+
+    def _watch(self, step: str, limit: float | None, signs: Callable[[], Any], over: threading.Event) -> None:
+        """End the connection if a step is not ``over`` in time, or shows no sign of life.
+
+        That is a line, a byte sent or brought home, or a thousandth of the time spent computing.
+        """
+        seen, silent, before = (), 0, 0
+        with suppress(OSError, ValueError):  # its files are closed: it is over
+            while not over.wait(limit or HUSH):
+                if limit is None and (now := signs()) != seen:
+                    seen, silent = now, 0
+                    continue
+                silent += 1
+                told = f"not a word from {step} for {silent * HUSH / 60:g} minutes"
+                computed = 0 if limit else self._computed()
+                if over.is_set():
+                    break
+                if limit or (silent > 1 and computed - before < HUSH / 10):
+                    self._hung = f"no answer for {limit:g} seconds" if limit else f"{told}, and hardly any computing"
+                    self._end()
+                    break
+                before = computed
+                say(f"{self.host}: {told}; Ctrl-C ends the deploy")
+
+    def _computed(self) -> int:
+        """Hundredths of a second that steps on the device have computed; 0 if it does not tell."""
+        with suppress(EdgeresError, Stopped):
+            found = self.step("computed", limit=LOOK).get("computed", "")
+            return int(found) if re.fullmatch(r"[0-9]{1,18}", found) else 0
+        return 0
 
     def _command(self, arguments: Sequence[str], *options: str) -> list[str]:
         script = resources.files("edgeres").joinpath("device.sh").read_text(encoding="utf-8")
@@ -230,8 +295,15 @@ class Device:
         lines = [line for line in told.splitlines() if line.strip("@ ")]
         if any(line.startswith("Failed: ") for line in lines):
             return failure(lines, "")
+        assert self._guard
+        code = self._guard.returncode
         cause, hint = "it cannot be reached", f"see whether `{self._call}` works"
-        if CHANGED in told:
+        if code == -signal.SIGKILL:
+            cause = f"it has not let you in after {LOGIN} seconds"
+        elif 0 <= code != LOST:  # that of the device's shell
+            cause = f"it lets you in and runs nothing: its shell ended with status {code}"
+            hint = f"see whether `{self._call} true` works"
+        elif CHANGED in told:
             cause = "its host key is not the one that is known here"
             hint = f"find out why; if the device was installed anew: ssh-keygen -R {host}"
         elif UNKNOWN in told:
@@ -275,6 +347,14 @@ def failure(errors: Sequence[str], otherwise: str) -> EdgeresError:
     if line.startswith("Failed: "):
         evidence = [line for line in before if line][-3:]
     return EdgeresError(line.partition(": ")[2], evidence="\n".join(evidence), hint=hint)
+
+
+def _timer(seconds: float, function: Callable[[], None]) -> threading.Timer:
+    """Call ``function`` then, unless it is cancelled, or this process ends."""
+    timer = threading.Timer(seconds, function)
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def _close_pipes(process: Process) -> None:

@@ -53,8 +53,15 @@ def unpaired(before: tuple[float, float], after: tuple[float, float]) -> Interva
     17), method 10: from the Wilson interval of each.
     """
     p, q = (100 * hits / images for hits, images in (before, after))
-    (p_lo, p_hi), (q_lo, q_hi) = wilson(*before), wilson(*after)
-    return p - q - math.hypot(p - p_lo, q_hi - q), p - q + math.hypot(p_hi - p, q - q_lo)
+    return apart(p, wilson(*before), q, wilson(*after))
+
+
+def apart(p: float, p_ends: Interval, q: float, q_ends: Interval) -> Interval:
+    """95% interval of p - q, of two independent estimates, from the interval of each.
+
+    Zou and Donner 2008, "Construction of confidence limits about effect measures" (Statistics in Medicine 27).
+    """
+    return p - q - math.hypot(p - p_ends[0], q_ends[1] - q), p - q + math.hypot(p_ends[1] - p, q - q_ends[0])
 
 
 def mcnemar(lost: int, won: int) -> float:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from edgeres.data import ImageSet
-from edgeres.errors import MissingDependency, need
-from edgeres.images import decode
+from edgeres.data import ImageSet, Manifest
+from edgeres.errors import EdgeresError, MissingDependency, need
+from edgeres.progress import busy, say
 from edgeres.recipe import Preprocess
+from edgeres.words import count
 
 SIDE = 112
 """Pixels of the longer side: enough for a screen with two of its pixels to one of the page."""
@@ -27,17 +27,53 @@ class Thumbnail(NamedTuple):
     why: str = ""
 
 
-def thumbnails(paths: Sequence[str], preprocess: Preprocess, images: ImageSet | None = None) -> list[Thumbnail]:
-    """One for each of ``paths``: of ``images``, where they have it, else of the file that lies there."""
+class Judged(NamedTuple):
+    """The images that a result is of; or None, and ``why`` pictures would be of others, if there are any."""
+
+    images: ImageSet | None
+    why: str = ""
+
+
+def judged(results: Sequence[dict[str, Any]], images: ImageSet | None) -> list[Judged]:
+    """For each of ``results`` its images among ``images``, by the digest recorded: a path says little."""
+    known: dict[int, str | None] = {}
+
+    def one(r: dict[str, Any]) -> Judged:
+        if images is None or not r["flipped"]:
+            return Judged(None)
+        some, recorded = images.subset(r["images_of"]), r["provenance"]["digests"]["images"]
+        found = known[len(some)] if len(some) in known else known.setdefault(len(some), _digest(some))
+        if found == recorded:
+            return Judged(some)
+        there = f"the {count(len(some), 'image')} in {images.root}"
+        if found is None:
+            return Judged(None, f"not all of {there} can be read")
+        differs = f"SHA-256 of files and labels {found[:12]}, recorded {recorded[:12]}"
+        return Judged(None, f"{there} are not the {r['images_of']:,} of the result: {differs}")
+
+    out = list(map(one, results))
+    for why in dict.fromkeys(each.why for each in out if each.why):
+        say(f"no pictures: {why}")
+    return out
+
+
+def _digest(images: ImageSet) -> str | None:
+    try:
+        with busy(f"hash {count(len(images), 'image')}"):
+            return Manifest.of(images).digest()
+    except EdgeresError:
+        return None
+
+
+def thumbnails(paths: Sequence[str], preprocess: Preprocess, images: ImageSet | None) -> list[Thumbnail]:
+    """One for each of ``paths``, of ``images``."""
     places = {path: i for i, path in enumerate(images.paths)} if images else {}
 
     def one(path: str) -> Thumbnail:
+        if images is None or path not in places:
+            return Thumbnail(None, "the image is not here")
         try:
-            if images is not None and path in places:
-                return Thumbnail(_jpeg(images.read(places[path], preprocess)))
-            if not Path(path).is_file():
-                return Thumbnail(None, "the image is not here")
-            return Thumbnail(_jpeg(decode(Path(path), preprocess)))
+            return Thumbnail(_jpeg(images.read(places[path], preprocess)))
         except MissingDependency as error:
             return Thumbnail(None, f"showing it needs Pillow: {error.hint}")
         except Exception:  # a damaged file can raise anything from an image library

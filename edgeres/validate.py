@@ -151,7 +151,8 @@ class Found:
     """The answer to a `Question`: ``rows`` of each engine, and why images could not be read, by place.
 
     ``digest`` is that of the images' manifest, ``fleet`` tells of the machines that worked, if there were several.
-    ``stores`` are to be removed once results are written.
+    ``stores`` are to be removed once results are written. ``copies``: how many of the images are others once more, to
+    the last byte.
     """
 
     rows: list[Outcomes]
@@ -159,6 +160,7 @@ class Found:
     digest: str
     fleet: dict[str, Any] | None = None
     stores: list[Answers] = field(default_factory=list)
+    copies: int = 0
 
 
 @dataclass(frozen=True)

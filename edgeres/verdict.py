@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from edgeres import result
-from edgeres.errors import InputError
+from edgeres.errors import InputError, UsageError
 from edgeres.outcomes import Outcomes, beside
 from edgeres.recipe import Budget
-from edgeres.statistics import Interval, paired, unpaired
+from edgeres.statistics import Interval, apart, paired, unpaired
 from edgeres.validate import Comparison
 
 PASS, OPEN, UNLABELLED, FAIL = result.VERDICTS
@@ -145,10 +145,28 @@ class Accepted:
             lost, won = int((before & ~after).sum()), int((~before & after).sum())
             identical = "every answer is that of the accepted engine to the last bit" if same else ""
             return Loss.paired(lost, won, len(rows), identical), "image by image"
+        if not same_set:  # they may be easier: what each engine lost against FP32 can be compared, accuracy cannot
+            mine, drop = Loss.of(Comparison.of(rows)), self.record["drop"]
+            ends = drop["interval"]
+            loss = Loss(
+                mine.seen - drop["top1"], lambda m: apart(mine.seen, mine.among(m), drop["top1"], ends), len(rows)
+            )
+            return loss, "of other images, by what each lost against FP32"
         n = self.record["images"]
         hits, share = round(self.record["engine"]["top1"] * n / 100), float(after.mean())
         loss = Loss(100 * (hits / n - share), lambda m: unpaired((hits, n), (share * m, m)), len(rows))
         return loss, "not image by image"
+
+
+def refuse_overwriting(accepted: Path, results: list[Path], show: Callable[[Path], str] = str) -> None:
+    """Raise `UsageError` if the accepted result is one of those that a run writes: the next would be judged by this."""
+    for path in results:
+        if accepted.resolve() == path.resolve():
+            raise UsageError(
+                f"{show(path)} is what this run writes, and cannot be what it is judged against",
+                evidence="the next run would be judged against this one, and each could lose a little more",
+                hint="copy it and outcomes.npz to engines/NAME.result.json and NAME.outcomes.npz, and accept that",
+            )
 
 
 def judge(budget: Budget, accepted: Accepted | None, rows: Outcomes, images: str, whole: bool = True) -> dict[str, Any]:

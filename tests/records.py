@@ -228,6 +228,48 @@ def record(
     }
 
 
+def full() -> dict[str, Any]:
+    """A small result with every field that a result may have, none of them null."""
+    measured = latency(("FP32", "INT8"))
+    for run in measured["runners"].values():
+        run["warnings"] = ["times drift"]
+        run["stable"] = False
+        run["histogram"] = {"edges": [0.5 * run["p50"], run["p50"], 2 * run["p50"]], "counts": [900, 1100]}
+        run["energy"] |= {"rails": {"VDD_IN": 9.3}, "note": "estimated"}
+    before, after = ({**measured["conditions"][key], "cpu_ticks": {"busy": 7.0}} for key in ("before", "after"))
+    found = record(images=400, classes=3, flips=3)
+    found["provenance"] |= {
+        "host": "orin",
+        "bundle": {"digest": "1" * 64, "signer": "me"},
+        "fleet": {"ray": "2.9", "nodes": 2, "versions": [{"numpy": "2.4.6"}, {"numpy": "2.4.5"}]},
+    }
+    found["provenance"]["machine"]["gpus"] = [{"name": "Orin", "memory": 62}, {"name": "other", "memory": 8}]
+    accepted = {"path": "a.json", "top1": 86.0, "max_loss": 0.1}
+    return {
+        **found,
+        "latency": {
+            **measured,
+            "sweep": measured["sweep"][:1],
+            "notes": ["FP16 is missing"],
+            "left_out": ["no interval of p99.9"],
+            "conditions": {"before": before, "after": after, "warnings": ["the governor is schedutil"]},
+            "machine": dict(found["provenance"]["machine"]),
+        },
+        "layers": layers(2),
+        "ranges": [histogram("layer4.0.conv2", 0, bins=2)],
+        "skipped": ["bad.jpg"],
+        "notes": ["slow"],
+        "shard": {"index": 1, "of": 2},
+        "images_needed": 9000,
+        "verdicts": ["PASS"],
+        "budget": {
+            "max_drop": 0.5,
+            "min_relative": 99.0,
+            "accepted": accepted,
+        },
+    }
+
+
 def save(folder: Path, result: dict[str, Any]) -> Path:
     """Write a result as a validation does, in an engine's folder -> its path."""
     write_json(folder / "result.json", result)

@@ -13,6 +13,7 @@ from edgeres import benchmark
 from edgeres.benchmark import PRESETS, WARM_UP, Plan, latency, measure
 from edgeres.cli import cli
 from edgeres.errors import UsageError
+from edgeres.latency import SURE
 from edgeres.runners import Runner
 
 
@@ -96,7 +97,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     calm.energy = energy
     monkeypatch.setattr(benchmark, "sensors", calm)
-    monkeypatch.setattr(benchmark, "SAMPLES", 200)  # no waiting: the clock stands still while nothing works
+    monkeypatch.setattr(benchmark, "SAMPLES", 368)  # no waiting: the clock stands still while nothing works
     return calm
 
 
@@ -150,20 +151,43 @@ def test_the_record_has_the_fields_of_the_contract(clock: Clock) -> None:
     assert record["machine"]["threads"] >= 1
 
 
-def test_every_runner_works_for_its_seconds_and_gives_samples_for_p99(clock: Clock) -> None:
+def test_every_runner_works_for_its_seconds_and_gives_samples_for_the_interval_of_p99(clock: Clock) -> None:
     slow, quick = Worker("a", clock, lambda i: 10), Worker("b", clock, lambda i: 1)
     runners = measure({"slow": slow, "quick": quick}, ONE)["runners"]
     assert runners["quick"]["seconds"] == pytest.approx(3, abs=0.01)
     assert runners["slow"]["samples"] == runners["quick"]["samples"] == pytest.approx(3000, abs=1)
     slow = Worker("c", clock, lambda i: 100)
     alone = measure({"slow": slow}, ONE)["runners"]["slow"]
-    assert (alone["samples"], alone["seconds"]) == (200, pytest.approx(20))
+    assert (alone["samples"], alone["seconds"]) == (368, pytest.approx(36.8))
+    assert set(alone["intervals"]) == {"p50", "p90", "p95", "p99"}
+
+
+def test_a_measurement_goes_on_for_the_interval_of_p99_9_where_that_takes_20_s_at_most(clock: Clock) -> None:
+    def samples(ms: float, plan: Plan | None = None) -> int:
+        record = measure({n: Worker(n, clock, lambda i: ms) for n in "ab"}, ONE, plan)
+        found = record["runners"]["b"]
+        assert ("p99.9" in found["intervals"]) is (found["samples"] >= SURE) is not record["left_out"]
+        return int(found["samples"])
+
+    assert samples(5.6) == SURE  # 20.7 s
+    assert samples(5.8) == pytest.approx(518, abs=1)  # 3 s: it would be 21.4
+    assert samples(0.5) == pytest.approx(6000, abs=1)
+    assert samples(5.6, Plan(tail=False)) == pytest.approx(536, abs=1)
+    assert samples(5.6, Plan(seconds=3)) == pytest.approx(536, abs=1)  # who says how long is not made to wait longer
+    assert samples(5.8, Plan(seconds=22)) == pytest.approx(3793, abs=1)
+
+
+def test_no_preset_and_no_further_batch_goes_on(clock: Clock) -> None:
+    assert measure({"a": Gpu("a", clock, lambda i: 1)}, ONE, Plan(preset="trtexec-11"))["runners"]["a"]["samples"] < 650
+    worker = Worker("a", clock, lambda i: 5)
+    measure({"a": worker}, PIXELS, Plan((1, 8)))
+    assert worker.done == pytest.approx(60 + SURE + 60 + 600, abs=4)
 
 
 def test_patience_ends_and_what_is_then_lacking_is_said(clock: Clock) -> None:
     record = measure({"a": Worker("a", clock, lambda i: 1000)}, ONE)["runners"]["a"]
     assert (record["samples"], record["p99"], record["p90"]) == (60, None, 1000)
-    assert record["warnings"] == ["60 samples in 60 s, 200 wanted: calls take long"]
+    assert record["warnings"] == ["60 samples in 60 s, 368 wanted: calls take long"]
     quick = measure({"a": Worker("a", clock, lambda i: 1e-3)}, ONE)["runners"]["a"]
     assert quick["samples"] == benchmark.MOST
     assert quick["p99.9"] == 0.001
@@ -237,9 +261,10 @@ class Meeting(Runner):
     batch, input_size = None, 2
 
     def __init__(self, barrier: threading.Barrier) -> None:
-        self.barrier, self.busy, self.shared = barrier, 0, False
+        self.barrier, self.busy, self.shared, self.calls = barrier, 0, False, 0
 
     def _run(self, pixels: np.ndarray) -> np.ndarray:
+        self.calls += 1
         self.busy += 1
         self.barrier.wait(10)
         self.shared |= self.busy > 1
@@ -394,6 +419,29 @@ def test_energy_is_that_of_each_runner_working_alone(clock: Clock, quiet: Simple
     assert set(clock.calls) == {"b"}
     # at rest once; only the first waits for it
     assert [m.given for m in meters] == [{"gpu": False, "idle_watts": None}, {"gpu": True, "idle_watts": 3}]
+
+
+def test_energy_counts_every_call_of_every_stream(monkeypatch: pytest.MonkeyPatch, quiet: SimpleNamespace) -> None:
+    monkeypatch.setattr(benchmark, "SLICE", 0.005)
+    side = [Meeting(threading.Barrier(1)) for _ in range(2)]
+    spent: list[int] = []
+
+    class Counting(Meter):
+        def record(self, images: int) -> dict[str, Any] | None:
+            spent.append(images)
+            return super().record(images)
+
+    @contextmanager
+    def energy(**given: Any) -> Iterator[Meter]:
+        before = [runner.calls for runner in side]
+        yield Counting(given, 12.0)
+        spent.append(sum(runner.calls for runner in side) - sum(before))
+
+    quiet.energy = energy
+    measure({"a": side}, PIXELS[:2], Plan(streams=2, seconds=0.02))
+    calls, images = spent
+    assert images == 2 * calls
+    assert calls > 4
 
 
 def test_energy_is_null_where_sensors_fall_silent_or_are_none(clock: Clock, quiet: SimpleNamespace) -> None:

@@ -54,6 +54,25 @@ def test_it_says_what_that_cost() -> None:
     assert "AMD EPYC, 2 cores" in numbers
 
 
+def test_classes_that_won_more_than_they_lost_are_not_hurt() -> None:
+    r = record()
+    r["classes"] = [{**c, "p_adjusted": 0.001, "lost": 2, "won": 2 + 9 * (c["index"] != 4)} for c in r["classes"]]
+    r["classes"][7] |= {"lost": 9, "won": 2}
+    assert "1 of 10 classes lost images beyond chance: horse (lost 9, won 2)." in card(r)
+
+
+def test_a_latency_that_is_not_stable_is_marked_with_the_reason() -> None:
+    r = record()
+    assert "not stable" not in card(r)
+    r["latency"]["runners"]["INT8"] |= {"stable": False, "warnings": ["times scatter"]}
+    r["latency"]["notes"] = ["no FP16 engine"]
+    numbers = part(card(r), "What it costs and wins")
+    (row,) = [line for line in numbers.splitlines() if line.startswith("| p50 ms")]
+    assert [("not stable" in cell) for cell in row.split("|")[2:4]] == [False, True]
+    assert "- Latency is **not stable**: INT8: times scatter; governor is schedutil, not performance\n" in numbers
+    assert "- Latency: no FP16 engine" in numbers
+
+
 def test_the_verdict_comes_first() -> None:
     assert card(record(verdict="FAIL", reasons=["a", "b"])).split("\n\n")[1] == "**FAIL**: a; b."
     free = record(verdict=None, reasons=[], budget={"max_drop": None, "min_relative": None, "accepted": None})

@@ -214,15 +214,87 @@ def test_when_edgeres_is_stopped_the_device_cleans_up(
     one = devices["one"]
     command = [sys.executable, "-m", "edgeres", "deploy", "one", str(bundle)]
     command += ["--ssh-config", str(config), "--python", str(slow(one))]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
         wait(lambda: begun(one) and running(one), "the self-test did not begin")
         os.kill(process.pid, sent)
-        _, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=60)
     if sent is signal.SIGINT:
         assert process.returncode == 1
-        assert "Aborted!" in err
+        assert "stopping: waiting for the devices" in err
+        assert "one: interrupted\n" in out
         assert one.left == []
     wait(lambda: one.left == [] and not running(one), "the device did not clean up")
+
+
+@needs_sshd
+@needs_device
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "killed"])
+def test_a_python_that_hangs_is_ended_with_edgeres_and_what_the_others_did_is_shown(
+    config: Path, bundle: Path, devices: dict[str, Device], tmp_path: Path, sent: signal.Signals
+) -> None:
+    one, two = devices["one"], devices["two"]
+    one.tool("python", "sleep 1000")
+    two.tool("python", f'exec "{PYTHON}" "$@"')
+    command = [sys.executable, "-m", "edgeres", "deploy", "one", "two", str(bundle), "--json", "-o", "home"]
+    command += ["--ssh-config", str(config), "--python", "python", "--seconds", "0.01"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, start_new_session=True) as process:
+        wait(lambda: Path("home/two/result.json").exists() and running(one), "two has no result")
+        os.kill(process.pid, sent)
+        out, _ = process.communicate(timeout=60)
+    if sent is signal.SIGINT:
+        assert process.returncode == 1
+        first, second = json.loads(out)
+        assert (first["error"]["cause"], first["notes"]) == ("interrupted", [])
+        assert (second["verdict"], second["error"]) == ("PASS", None)
+        assert one.left == []
+    wait(lambda: one.left == [] and not running(one), "the device did not clean up")
+
+
+@needs_sshd
+def test_a_python_that_hangs_is_given_up(
+    edgeres_deploy: Deploy, bundle: Path, devices: dict[str, Device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssh, "LOOK", 1)
+    python = devices["one"].tool("python", "sleep 1000")
+    error = only(edgeres_deploy("one", bundle, "--json", python=python))["error"]
+    assert error["cause"] == f"{python} hangs on the device"
+    assert error["evidence"] == "no answer for 1 seconds"
+    assert "name another interpreter with --python" in error["next"]
+    assert devices["one"].left == []
+    assert not running(devices["one"])
+
+
+@needs_sshd
+@needs_device
+def test_a_self_test_without_a_word_is_told_and_ended_unless_it_computes(
+    edgeres_deploy: Deploy, bundle: Path, devices: dict[str, Device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssh, "HUSH", 1)
+    idle = slow(devices["one"])
+    # it computes in a child, without a word, until it has been looked at three times
+    busy = "timeout 6 sh -c 'while :; do :; done'"
+    devices["two"].tool(idle.name, f'if [ "$1" = -m ]; then {busy}; fi; exec "{PYTHON}" "$@"')
+    done = edgeres_deploy("one", "two", bundle, "--json", python=idle.name)
+    one, two = json.loads(done.stdout)
+    assert one["error"]["cause"] == "selftest hangs on the device"
+    assert re.match(r"not a word from selftest for \S+ minutes, and hardly any computing", one["error"]["evidence"])
+    assert one["notes"] == []
+    assert devices["one"].left == []
+    assert two["verdict"] == "PASS"
+    assert done.stderr.count("two: not a word from selftest for ") >= 2
+
+
+@needs_sshd
+def test_an_account_that_runs_nothing_is_not_called_out_of_reach(
+    edgeres_deploy: Deploy, bundle: Path, devices: dict[str, Device]
+) -> None:
+    devices["one"].tool("sh", 'echo "This account is currently not available." >&2; exit 1')
+    error = only(edgeres_deploy("one", bundle, "--json"))["error"]
+    assert error["cause"] == "it lets you in and runs nothing: its shell ended with status 1"
+    assert error["evidence"].endswith("This account is currently not available.")
+    assert error["next"].endswith("one true` works")
 
 
 @needs_sshd
@@ -528,11 +600,14 @@ def test_a_device_needs_few_tools(tmp_path: Path) -> None:
         pipe = subprocess.PIPE
         return subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, start_new_session=True)
 
-    with start("guard", "1", "python3", "") as guard:
+    with start("guard", "1", "") as guard:
         assert guard.stdout
         facts = dict[str, str]()
         while "ready" not in facts:
             ssh._note(guard.stdout.readline(), facts)
+        with start("look", "python3") as look:
+            for line in look.communicate()[0].splitlines():
+                ssh._note(line, facts)
         deploy.require(facts, None, "onnxruntime", [])
         assert facts["ready"] == str(cache / "deploy-0123")
         with start("put", "bundle-x", "4", hashlib.sha256(b"data").hexdigest()) as put:

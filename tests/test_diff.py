@@ -93,8 +93,37 @@ def test_only_images_of_both_are_compared(tmp_path: Path) -> None:
     part = replace(outcomes, **{k: v[5:] for k, v in vars(outcomes).items() if k != "skipped"})
     (tmp_path / "b").mkdir()
     b["provenance"]["digests"]["outcomes"] = part.save(tmp_path / "b" / "outcomes.npz")
-    found = diff(a, plain(tmp_path / "b", b))[0]["accuracy"]
-    assert (found["lost"], found["images"]) == (30, 9995)
+    value = diff(a, plain(tmp_path / "b", b))[0]
+    assert (value["accuracy"]["lost"], value["accuracy"]["images"], value["incomparable"]) == (30, 9995, [])
+    assert value["accuracy"]["note"] == "compared on the 9,995 images of both; A has 10,000, B 10,000"
+
+
+def shard(folder: Path, index: int, keep: slice) -> Path:
+    """The result of a part of 10,000 images, of which the engine loses the first 40."""
+    whole = rows.flips(10_000, 40, 0, right=9960)
+    part = replace(whole, **{k: v[keep] for k, v in vars(whole).items() if k != "skipped"})
+    r = record() | {"shard": {"index": index, "of": 2}, "images": len(part)}
+    folder.mkdir()
+    r["provenance"]["digests"]["outcomes"] = part.save(folder / "outcomes.npz")
+    return plain(folder, r)
+
+
+def test_a_shard_against_the_whole_says_on_which_images_it_was_compared(tmp_path: Path) -> None:
+    whole, part = write(tmp_path / "whole", record(), lost=10), shard(tmp_path / "part", 1, slice(32))
+    text = shown(whole, part)
+    assert "note: top-1: compared on the 32 images of both; A has 10,000, B 32\n" in text
+    assert failed(part, whole) == 0
+
+
+def test_two_shards_without_a_common_image_are_not_compared(tmp_path: Path) -> None:
+    a, b = shard(tmp_path / "a", 1, slice(0, 5000)), shard(tmp_path / "b", 2, slice(5000, 10_000))
+    value = diff(a, b)[0]
+    assert (value["accuracy"]["change"], value["incomparable"]) == ("unknown", ["images"])
+    assert value["accuracy"]["note"] == "not judged: A and B are parts of one set, without an image in common"
+    assert failed(a, b) == 1
+    (tmp_path / "b" / "outcomes.npz").unlink()
+    assert "the outcomes.npz of both would be needed" in diff(a, b)[0]["accuracy"]["note"]
+    assert failed(a, b) == 1
 
 
 def test_a_loss_that_shows_only_when_paired(tmp_path: Path) -> None:
@@ -107,12 +136,66 @@ def test_a_loss_that_shows_only_when_paired(tmp_path: Path) -> None:
     assert "outcomes.npz of both" in found["note"]
 
 
-def test_other_images_are_not_paired(tmp_path: Path) -> None:
-    r = record()
-    r["provenance"]["digests"]["images"] = "e" * 64
-    found = diff(write(tmp_path / "a", record()), write(tmp_path / "b", r, lost=500))[0]["accuracy"]
-    assert (found["how"], found["change"]) == ("not paired", "worse")
-    assert "the images differ" in found["note"]
+def failed(a: Path, b: Path) -> int:
+    """Exit status of the command."""
+    return CliRunner().invoke(cli, ["diff", str(a), str(b)]).exit_code
+
+
+def of_another(key: str, value: Any, **changes: Any) -> dict[str, Any]:
+    """A record of another model, other weights or other images."""
+    r = record(**changes)
+    r["provenance"]["digests"][key] = value
+    return r
+
+
+@pytest.mark.parametrize("lost", [0, 500])
+def test_an_easier_image_set_hides_no_regression(tmp_path: Path, lost: int) -> None:
+    a = write(tmp_path / "a", record(latency=timed()), lost=100)
+    b = write(tmp_path / "b", of_another("images", "e" * 64, latency=timed(1.3)), lost=lost)
+    value = diff(a, b)[0]
+    assert (value["accuracy"]["change"], value["accuracy"]["drop"], value["incomparable"]) == (
+        *("unknown", None, ["images"]),
+    )
+    assert value["worse"] == ["p50"]  # for which it does not matter
+    text = shown(a, b)
+    assert "note: top-1: not judged: the images differ, and others may be easier" in text
+    assert "NOT COMPARABLE: other images\n" in text
+    assert "beyond noise" not in text
+    assert re.search(r"top-1 % +99.00 +(100.00|95.00)", text)
+    assert failed(a, b) == 1
+
+
+def test_another_network_is_no_better_engine(tmp_path: Path) -> None:
+    other = of_another("model", "e" * 64, latency=timed(0.5))
+    other["provenance"]["digests"]["weights"] = {"source": "digits.pth", "sha256": "f" * 64}
+    a, b = write(tmp_path / "a", record(latency=timed()), lost=100), write(tmp_path / "b", other)
+    value = diff(a, b)[0]
+    assert (value["accuracy"]["change"], value["latency"]["change"], value["incomparable"]) == (
+        *("unknown", "unknown", ["network"]),
+    )
+    words = f"not judged: the FP32 models differ: {'a' * 12} and {'e' * 12}"
+    assert value["accuracy"]["note"] == value["latency"]["note"] == words
+    assert "NOT COMPARABLE: other network\n" in shown(a, b)
+    assert failed(a, b) == failed(b, a) == 1
+    other["provenance"]["digests"]["weights"] = None  # not known: then the graph alone tells
+    assert diff(a, plain(tmp_path / "b", other))[0]["incomparable"] == ["network"]
+
+
+def test_the_same_weights_exported_otherwise_and_built_otherwise_are_compared(tmp_path: Path) -> None:
+    newer = of_another("model", "e" * 64, target="rtx")
+    newer["provenance"]["built_with"] = {"tensorrt": "10.9.0"}
+    newer["provenance"]["digests"]["engine"] = "9" * 64
+    a, b = write(tmp_path / "a", record(), lost=100), write(tmp_path / "b", newer, lost=10)
+    value = diff(a, b)[0]
+    assert (value["accuracy"]["change"], value["incomparable"]) == ("better", [])
+    assert failed(a, b) == 0
+
+
+def test_engines_of_other_networks_are_told_apart_without_results(tmp_path: Path) -> None:
+    a, b = engine(tmp_path / "a", made_from={"model": "a" * 64}), engine(tmp_path / "b", made_from={"model": "b" * 64})
+    assert diff(a, b)[0]["incomparable"] == ["network"]
+    assert diff(a, a)[0]["incomparable"] == []
+    assert (failed(a, b), failed(a, a)) == (1, 0)
 
 
 def test_without_labels_accuracy_is_unknown(tmp_path: Path) -> None:
@@ -204,12 +287,14 @@ def test_energy_size_and_fidelity_of_both(tmp_path: Path) -> None:
     b["engine"]["size_bytes"] = 30_000_000
     b["layers"][4]["sqnr_db"] -= 9
     b["layers"][5]["sqnr_db"] -= 0.5
+    b["layers"][2]["sqnr_db"] -= 3
+    b["layers"][9]["sqnr_db"] -= 5
     b["layers"][6]["sqnr_db"] = None
     found = compared(tmp_path, a, b)
     assert found["energy"]["joules_per_image"] == [0.031, 0.062]
     assert found["size_bytes"] == [23_997_838, 30_000_000]
     assert found["fidelity"]["sqnr_db"] == [34.8, 30.1]
-    assert [row["layer"] for row in found["fidelity"]["layers"]] == [a["layers"][4]["name"]]
+    assert [row["layer"] for row in found["fidelity"]["layers"]] == [a["layers"][i]["name"] for i in (4, 9, 2)]
     text = shown(tmp_path / "a" / "result.json", tmp_path / "b" / "result.json")
     assert re.search(r"J/image +0.0310 +0.0620 +2.00 times\n", text)
     assert re.search(r"MB +24.0 +30.0 +1.25 times\n", text)

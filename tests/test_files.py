@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -106,6 +107,23 @@ def test_what_can_be_written_is_known_before_and_nothing_is_left(tmp_path: Path)
         assert why in error.value.evidence
         assert error.value.evidence
         assert "-o" in error.value.hint
+
+
+def test_a_full_disk_is_seen_before_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path) -> Path:  # it has names to give, and no room
+        if path.parent == tmp_path:
+            path.symlink_to("/dev/full")
+        return path
+
+    temporary_name = files.temporary_name
+    monkeypatch.setattr(files, "temporary_name", lambda path: full(temporary_name(path)))
+    with pytest.raises(InputError, match=rf"cannot write {tmp_path}/a\.json") as error:
+        files.require_writable(tmp_path / "a.json")
+    assert error.value.evidence == os.strerror(errno.ENOSPC)
+    with pytest.raises(OSError, match="No space") as refused:
+        files.write_json(tmp_path / "a.json", {})
+    assert (refused.value.filename, refused.value.filename2) == (str(tmp_path / "a.json"), None)
+    assert os.listdir(tmp_path) == []
 
 
 def test_who_waited_for_a_file_that_is_gone_holds_a_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

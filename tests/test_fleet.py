@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -381,15 +382,74 @@ def test_an_address_where_no_cluster_is_is_refused_at_once(address: str, monkeyp
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (b"", "it takes connections, and did not answer for 0.3 seconds"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "what answers there is not Ray: b'HTTP/1.1 '"),
+    ],
+)
+def test_an_address_where_something_else_listens_is_refused_soon(
+    answer: bytes, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "ANSWER", 0.3)
+    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray would try for minutes"))
+    refused = pytest.raises(InputError, match="cannot connect to Ray at 127")
+    with listener(answer) as address, refused as caught, connected(address, 0):
+        raise AssertionError
+    assert caught.value.evidence == words
+
+
+def test_who_waits_for_ray_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet, "SLOW", 0.1)
+    monkeypatch.setattr(ray, "init", lambda *_, **__: time.sleep(0.5))
+    console = Console(file=io.StringIO(), width=300)
+    with progress.to(console), listener(fleet.SETTINGS) as address, connected(address, 0):
+        pass
+    assert console.file.getvalue() == f"waiting for Ray at {address}\n"  # type: ignore[attr-defined]
+
+
+@contextmanager
+def listener(answer: bytes) -> Iterator[str]:
+    """Its address; what connects gets ``answer``."""
+
+    def serve() -> None:
+        connection, _ = listening.accept()
+        with connection:
+            connection.sendall(answer)
+            connection.recv(1000)
+            done.wait(10)
+
+    done = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+        done.set()
+        thread.join()
+
+
+def test_an_error_of_ray_in_a_worker_is_no_bug(
+    ask: Callable[[ImageSet], Question], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = ray.exceptions.OwnerDiedError("00" * 28, b"", "")
+    error = ray.exceptions.RayTaskError("work", "a traceback of 45 lines", lost).as_instanceof_cause()
+    monkeypatch.setattr(fleet, "connected", lambda *_: nullcontext(ray))
+    monkeypatch.setattr(fleet, "_parts", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(EdgeresError, match="Ray could not finish the validation") as caught:
+        Fleet("auto").find(ask(ImageSet(Path("none"), (), None)))
+    assert "owner has exited" in caught.value.evidence
+    assert "a traceback" not in caught.value.evidence
+
+
 def test_a_cluster_that_lets_nobody_in_is_refused_and_ends_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     def init(address: str, **settings: Any) -> None:
         raise SystemExit(15)  # as Ray does, where nobody answers for minutes
 
     monkeypatch.setattr(ray, "init", init)
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        address = f"127.0.0.1:{listening.getsockname()[1]}"
-        with pytest.raises(InputError, match=f"cannot connect to Ray at {address}") as caught, connected(address, 0):
-            raise AssertionError
+    refused = pytest.raises(InputError, match="cannot connect to Ray at 127")
+    with listener(fleet.SETTINGS) as address, refused as caught, connected(address, 0):
+        raise AssertionError
     assert caught.value.evidence == "Ray gave up"
     assert "RAY_AUTH_MODE=token" in caught.value.hint
 

@@ -22,7 +22,9 @@ import torch
 from conftest import tiny_resnet
 
 from edgeres import devices, runners
+from edgeres.calibrate import RangeTable, TensorRange
 from edgeres.errors import BuildError, MissingDependency
+from edgeres.loader import Batch
 from edgeres.model import Bottleneck, ResNet, describe, resnet
 
 GPU = Path(__file__).parents[1] / "benchmarks" / "gpu"
@@ -772,6 +774,140 @@ def test_engines_that_were_built_are_sides_with_and_without_a_graph(
     assert engine.opened == [False, True]
 
 
+COUNTED = [
+    np.random.default_rng(0).standard_normal((3, 4, 50), np.float32),
+    np.maximum(np.random.default_rng(1).standard_normal((2, 5000), np.float32), 0),
+    np.array([0.0, -0.0, 1e-45, -1e-45, 2.0, -2.0, 1.9999999, -1.9999999, 2.0**-11, -(2.0**-11)], np.float32),
+    np.array([3e5, -7.0, -1e-45, 1e-40, -1e-40, 0.0], np.float32),  # bins are so wide that small ones would vanish
+    np.array([-3e38, -1e-30], np.float32),
+]
+
+
+@pytest.mark.parametrize("start", range(len(COUNTED)))
+def test_pytorch_counts_as_edgeres_does_to_the_last_value(kit: Callable[[str], Any], start: int) -> None:
+    expected, found = TensorRange(), TensorRange()
+    for values in COUNTED[start:] + COUNTED[:start]:
+        expected.update(values)
+        found = kit("on_torch").counted(torch, found, torch.from_numpy(values))
+        assert found.to_json() == expected.to_json()
+    with pytest.raises(FloatingPointError):
+        kit("on_torch").counted(torch, found, torch.tensor([1.0, float("nan")]))
+
+
+def as_tf32(values: torch.Tensor) -> torch.Tensor:
+    """With ten bits behind the point, as GPUs round what they multiply in TF32."""
+    return ((values.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("what", ["calibration", "fidelity"])
+def test_passes_elsewhere_are_timed_and_their_numbers_compared(
+    kit: Callable[[str], Any], models: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    passes = kit("passes")
+    found = getattr(passes, what)(models, "cpu", "CPUExecutionProvider", batch=2)
+    assert list(found["passes"]) == ["CPU", "PyTorch", "ONNX Runtime"]
+    assert (found["images"], found["rounds"], found["skipped"]) == (2 * (passes.BATCHES - 1), passes.ROUNDS, {})
+    assert len(found["checks"]) == {"calibration": 10, "fidelity": 2}[what]
+    assert all(found["checks"].values())
+    pytorch, other = (found["passes"][name] for name in ("PyTorch", "ONNX Runtime"))
+    assert other["moved"] == 0 if what == "calibration" else other["equal"]
+    assert min(each["images_per_s"] for each in found["passes"].values()) > 0
+    assert pytorch["faster"] > 0
+    outcome, answers = kit("outcome"), kit("answers")
+    kept = outcome.record_of(models, what)  # meanwhile
+    assert list(kept["passes"]) == list(found["passes"])
+    part = {"status": "ok", "reason": "", "record": kept}
+    assert f"PyTorch {kept['passes']['PyTorch']['faster']:.2f}x, " in answers.same(part)
+    assert answers.line(what, part).startswith("images/s: CPU ")
+    real = torch.nn.functional.conv2d
+    monkeypatch.setattr(torch.nn.functional, "conv2d", lambda x, w, *more: real(as_tf32(x), as_tf32(w), *more))
+    found = getattr(passes, what)(models, "cpu", batch=2, most=0.0)
+    assert found["rounds"] == 1
+    assert "has no CUDAExecutionProvider" in found["skipped"]["ONNX Runtime"]
+    assert not all(found["checks"].values())
+
+
+@pytest.mark.parametrize(
+    ("tensor", "change", "missed"),
+    [
+        ("conv1", lambda x: x, []),
+        ("conv1", lambda x: x * np.float32(1 + 1e-6), []),
+        ("conv1", lambda x: np.where(x == x.max(), x * np.float32(1.0003), x), ["extremes differ by 0.01% at most"]),
+        ("conv1", lambda x: np.where(abs(x) < 0.1, x + np.float32(0.001), x), ["0.1% of values at most are in"]),
+        (
+            "conv1",
+            lambda x: np.where((abs(x) > 2) & (abs(x) < 3.7), np.copysign(np.float32(3.7), x), x),
+            ["0.1% of values at most are in", "thresholds differ by 3% at most"],
+        ),
+        ("conv1", lambda x: x[:-1], ["as many values are counted"]),
+        ("input", lambda x: x * np.float32(1 + 1e-6), ["pixels are counted alike, to the last one"]),
+    ],
+)
+def test_tables_are_the_same_within_rounding(
+    kit: Callable[[str], Any], tensor: str, change: Callable[[np.ndarray], np.ndarray], missed: list[str]
+) -> None:
+    values = np.random.default_rng(0).standard_normal(100_000).astype(np.float32)
+    values *= np.float32(3.999 / abs(values).max())  # a little more, and bins are twice as wide
+    tables = [RangeTable({}, tensors={"input": TensorRange(), "conv1": TensorRange()}) for _ in range(2)]
+    for table, changed in zip(tables, ("", tensor), strict=True):
+        for name, r in table.tensors.items():
+            r.update(change(values) if name == changed else values)
+    found = kit("passes").differences(*tables)
+    assert len(found["checks"]) == 5
+    failed = [what for what, met in found["checks"].items() if not met]
+    assert len(failed) == len(missed)
+    assert all(what.startswith(wanted) for what, wanted in zip(failed, missed, strict=True))
+    assert found["extremes"]["tensor"] in tables[0].tensors
+
+
+def test_a_pass_that_breaks_leaves_what_others_measured(
+    kit: Callable[[str], Any], models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes, batches = kit("passes"), [Batch(np.zeros((1, 3, 8, 8), np.float32), None, np.arange(1))] * 2
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(passes, "measure", broken)
+    found = passes.calibration(models, "cpu", "CPUExecutionProvider", batch=2, most=0.0)
+    assert list(found["passes"]) == ["CPU", "ONNX Runtime"]
+    assert found["skipped"] == {"PyTorch": "RuntimeError: CUDA error: out of memory"}
+    assert [what for what, met in found["checks"].items() if not met] == ["PyTorch runs"]
+    with pytest.raises(RuntimeError):  # nothing to compare with
+        passes.compare(models, "calibration", {"CPU": broken}, batches, passes.apart, 0.0)
+
+
+def test_the_first_batch_of_a_pass_is_not_timed_and_rounds_fit_the_time(
+    kit: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes, now = kit("passes"), 0.0
+    monkeypatch.setattr(passes, "time", SimpleNamespace(monotonic=lambda: now, perf_counter=lambda: now))
+    batches = [Batch(np.zeros((2, 3, 8, 8), np.float32), None, np.arange(2))] * 3
+
+    def slow(first: float, other: float) -> Callable[[Any], np.ndarray]:
+        def go(clocked: Any) -> np.ndarray:
+            nonlocal now
+            for place, _ in enumerate(clocked):
+                now += other if place else first
+            return np.ones((2, 4), np.float32)
+
+        return go
+
+    todo = {"CPU": slow(1.0, 4.0), "PyTorch": slow(6.0, 0.5)}  # 16 s in all
+    for most, rounds in ((20.0, 1), (33.0, 2), (1000.0, passes.ROUNDS)):
+        found = passes.compare(tmp_path, "a", todo, batches, passes.apart, most)
+        assert (found["images"], found["rounds"]) == (4, rounds)
+        assert [each["images_per_s"] for each in found["passes"].values()] == [0.5, 4.0]
+        assert found["passes"]["PyTorch"]["faster"] == 8.0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_passes_without_a_gpu_are_skipped(kit: Callable[[str], Any], models: Path) -> None:
+    for what in ("calibration", "fidelity"):
+        with pytest.raises(kit("outcome").Skip, match="sees no GPU"):
+            getattr(kit("passes"), what)(models)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_an_engine_is_built_run_and_judged(kit: Callable[[str], Any], models: Path, precision: str) -> None:
     found = kit("plans").make(models, "cpu", "v1.5", precision)
@@ -1023,6 +1159,9 @@ def result(kit: Callable[[str], Any]) -> dict[str, Any]:
     clock = {"p50_ms": 12345.678, "images_per_s": 123456.7, "faster": {"first": {"of_p50": 123.456}}}
     side = {"compute": clock, "whole": clock, "of_floor": 123.4}
     fast = {**side, "compute": {**clock, "p50_ms": 6172.839, "faster": {}}, "of_floor": None}
+    pair = {"extremes": {"largest": 1.03e-06}, "thresholds": {"largest": 0.0061}}
+    counted = {"images_per_s": 1234.5, "faster": 12.648, "moved": 4.5e-5, **pair}
+    logits, alike = {"images_per_s": 3210.0, "faster": 10.0, "db": 124.9, "equal": False}, {"db": None, "equal": True}
     records = {
         "matrix and copy rates": {"operations_per_s": {"fp32": 5e13, "int8": 1e15}, "bytes_per_s": {"device": 3e12}},
         "rtx starts": {"version": "1.7.1.116", "capability": "9.0", "validity": "VALID"},
@@ -1031,6 +1170,8 @@ def result(kit: Callable[[str], Any]) -> dict[str, Any]:
         "rtx inferences": {"inferences": 100000, "device_bytes": 5 << 20, "host_bytes": -1 << 20},
         "rtx CUDA packages": {"ratio": 1.01, "p50_ms": {"PyCuda": 1.0, "CudaPython": 1.01}},
         "pytest -m gpu": {"passed": 51, "skipped": {"3 tests": "why"}},
+        "calibration": {"passes": {"CPU": {"images_per_s": 97.6}, "PyTorch": counted, "ONNX Runtime": counted}},
+        "fidelity": {"passes": {"CPU": {"images_per_s": 321.0}, "PyTorch": logits, "ONNX Runtime": logits | alike}},
         "speed at batch 8": {
             "batch": 8,
             "sides": {"PyTorch FP16, CUDA graph and a long name": side, "rtx FP16": side, "rtx INT8": fast},
@@ -1062,8 +1203,12 @@ def test_the_table_fits_80_columns_and_says_what_was_found(kit: Callable[[str], 
         "do INT8 convolutions run as INT8 (rtx): 50 of 53 in and out, 3 in only",
         "how much faster is INT8 than FP16 (rtx): 2.00x at batch 8",
         "do INT8 convolutions run as INT8 (desktop): not found out: no time",
+        "images/s: CPU 98, PyTorch 1,234, ONNX Runtime 1,234",
+        "is calibration faster on the GPU, and the same: PyTorch 12.65x, 4.5e-05 of values in another bin, "
+        "extremes within 1.0e-06, thresholds 6.1e-03; ONNX Runtime 12.65x",
+        "PyTorch 10.00x, 125 dB; ONNX Runtime 10.00x, equal to the last bit; the CPU 321 images/s",
         "skipped: PyTorch FP16, compiled: no compiler speed at batch 1, speed at batch 8",
-        "parts: 8 ok, 1 failed; 23 things skipped",
+        "parts: 10 ok, 1 failed; 23 things skipped",
     ):
         assert text in flat, text
     (row,) = (line.split() for line in shown.splitlines() if line.startswith("rtx INT8 "))

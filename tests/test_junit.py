@@ -37,6 +37,9 @@ def test_a_budget_that_is_not_met_is_a_failure(word: str) -> None:
     assert (failure.get("type"), failure.get("message")) == (word, "too much")
     assert failure.text is not None
     assert "drop +0.05, 95% -0.09 to +0.19" in failure.text
+    assert failure.text.startswith("10,000 images, INT8")
+    (failure,) = parsed(record(images=1, verdict=word)).iter("failure")
+    assert (failure.text or "").startswith("1 image, INT8")
 
 
 def test_where_it_is_not_known_which_budget_was_missed_none_passes() -> None:

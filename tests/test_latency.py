@@ -8,13 +8,17 @@ import pytest
 from rich.console import Console
 from scipy.stats import binom
 
+from edgeres.benchmark import SAMPLES
 from edgeres.latency import (
     PERCENTILES,
+    SURE,
     describe,
     doubts,
     histogram,
     in_short,
     interval,
+    left_out,
+    median,
     percentile,
     rank,
     ranks,
@@ -28,14 +32,50 @@ RNG = np.random.default_rng(0)
 
 def test_percentiles_of_200_samples_are_samples_by_rank() -> None:
     samples = np.random.default_rng(0).permutation(np.arange(1, 201)).astype(float)
-    assert summary(samples, 1) == {"p50": 100.0, "p90": 180.0, "p99": 198.0, "batch": 1, "samples": 200}
+    assert summary(samples, 1) == {"p50": 100.5, "p90": 180.0, "p99": 199.0, "batch": 1, "samples": 200}
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 10, 99, 100, 101, 200, 1000, 2000])
+TRTEXEC = {
+    1: (0, 0, 0, 0),
+    10: (8, 9, 9, 9),
+    19: (17, 18, 18, 18),
+    20: (17, 18, 19, 19),
+    40: (35, 37, 39, 39),
+    100: (89, 94, 99, 99),
+    101: (90, 95, 99, 100),
+    200: (179, 189, 198, 199),
+    201: (180, 190, 198, 200),
+    300: (269, 284, 297, 299),
+    368: (331, 349, 364, 367),
+    1000: (899, 949, 990, 999),
+    1001: (900, 950, 990, 999),
+    2000: (1799, 1899, 1980, 1998),
+    2001: (1800, 1900, 1980, 1998),
+    3000: (2699, 2849, 2970, 2997),
+    20_000: (17_999, 18_999, 19_800, 19_980),
+}
+"""Samples -> where `(1 - percentile / 100) * all` in C++ floats, compiled by g++ 12, puts p90, p95, p99 and p99.9."""
+
+
+@pytest.mark.parametrize("n", TRTEXEC)
+def test_a_percentile_is_the_sample_that_trtexec_takes(n: int) -> None:
+    assert tuple(rank(n, per_mille) for per_mille in (900, 950, 990, 999)) == TRTEXEC[n]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 10, 99, 100, 101, 200, 1000, 2000, 20_000])
 def test_a_percentile_leaves_out_no_more_than_its_share(n: int) -> None:
     for per_mille in PERCENTILES.values():
         above = n - 1 - rank(n, per_mille)
-        assert above * 1000 <= (1000 - per_mille) * n < (above + 1) * 1000
+        assert above * 1000 <= (1000 - per_mille) * n <= (above + 1) * 1000
+
+
+def test_a_median_of_an_even_number_is_the_mean_of_two_as_in_trtexec() -> None:
+    assert [median(np.asarray(values)) for values in ([4.0], [1.0, 4.0], [1.0, 2.0, 9.0], [1.0, 2.0, 5.0, 9.0])] == [
+        *(4.0, 2.5, 2.0, 3.5)
+    ]
+    assert percentile(np.asarray([1.0, 2.0, 5.0, 9.0]), 500) == 3.5
+    assert speedup(np.asarray([1.0, 3.0]), np.ones(2))["of_p50"] == 2
+    assert speedup(np.asarray([1.0, 3.0]), np.ones(2), paired=False)["of_p50"] == 2
 
 
 def test_the_samples_stay_in_the_order_they_were_taken() -> None:
@@ -45,15 +85,15 @@ def test_the_samples_stay_in_the_order_they_were_taken() -> None:
     np.testing.assert_array_equal(samples, [3, 1, 2])
 
 
-@pytest.mark.parametrize(("samples", "p90", "p99"), [(200, 180.0, 198.0), (50, 45.0, 50.0), (10, 10.0, 10.0)])
+@pytest.mark.parametrize(("samples", "p90", "p99"), [(400, 360.0, 397.0), (50, 45.0, 50.0), (10, 10.0, 10.0)])
 def test_in_short_the_slowest_stands_in_where_samples_are_too_few(samples: int, p90: float, p99: float) -> None:
     value = {"batch": 4, "runners": {"INT8": describe(np.arange(1.0, samples + 1), samples, 1)}}
     found = in_short(value, "INT8")
-    assert found == {"p50": samples / 2, "p90": p90, "p99": p99, "batch": 4, "samples": samples}
+    assert found == {"p50": (samples + 1) / 2, "p90": p90, "p99": p99, "batch": 4, "samples": samples}
     assert set(found) == set(summary(np.ones(3), 1))
 
 
-@pytest.mark.parametrize(("name", "enough"), [("p90", 20), ("p95", 40), ("p99", 200), ("p99.9", 2000)])
+@pytest.mark.parametrize(("name", "enough"), [("p90", 20), ("p95", 40), ("p99", 201), ("p99.9", 2001)])
 def test_a_percentile_that_would_be_the_maximum_is_not_given(name: str, enough: int) -> None:
     ordered = np.arange(enough, dtype=float)
     assert percentile(ordered[:-1], PERCENTILES[name]) is None
@@ -86,6 +126,22 @@ def test_too_few_samples_have_no_interval(per_mille: int, enough: int) -> None:
     assert interval(np.asarray([]), per_mille) is None
 
 
+def test_samples_are_the_fewest_that_give_p99_and_p99_9_their_intervals() -> None:
+    assert tuple(next(n for n in range(10_000) if ranks(n, p)) for p in (990, 999)) == (SAMPLES, SURE)
+    for n, p in ((SAMPLES, 990), (SURE, 999)):
+        (low, high), at = ranks(n, p) or (0, 0), rank(n, p)
+        assert low < at < high < n
+        assert percentile(np.arange(n), p) is not None
+
+
+def test_what_has_no_interval_is_said_with_the_option_that_gives_it() -> None:
+    runners = {"FP32": {"samples": 400, "seconds": 16.0}, "INT8": {"samples": SURE, "seconds": 40.0}}
+    assert left_out(runners) == [
+        "no interval of p99.9: it takes 3,688 samples, here 148 s of each; --seconds 163 gives it"
+    ]
+    assert left_out({"INT8": runners["INT8"]}) == []
+
+
 @pytest.mark.parametrize("per_mille", [500, 900])
 def test_an_interval_holds_the_truth_as_often_as_it_says(per_mille: int) -> None:
     truth, rng = -np.log(1 - per_mille / 1000), np.random.default_rng(1)
@@ -100,7 +156,7 @@ def test_a_description_holds_what_was_measured() -> None:
     assert found["mean"] == 2
     assert found["cv"] == 50
     assert (found["samples"], found["seconds"], found["images_per_second"]) == (400, 0.8, 2000)
-    assert found["p50"] == 1
+    assert found["p50"] == 2
     assert found["p99"] == 3
     assert found["intervals"]["p50"] == [1, 3]
     assert found["intervals"]["p99"] == [3, 3]
@@ -236,12 +292,16 @@ def test_a_sweep_adds_rows_with_the_ratio_of_medians() -> None:
 
 def test_what_makes_the_numbers_doubtful_is_said_below_the_table() -> None:
     runners = {"FP32": runner(3), "INT8": runner(1, stable=False, warnings=["times drift: [a] to [b]"])}
-    lines = shown(record(runners=runners, conditions={"warnings": ["throttled"]}, notes=["no FP16 engine"]), 120)
-    assert lines.splitlines()[-4:] == [
+    lines = shown(
+        record(runners=runners, conditions={"warnings": ["throttled"]}, notes=["no FP16 engine"], left_out=["no p"]),
+        120,
+    )
+    assert lines.splitlines()[-5:] == [
         "not stable: INT8",
         "note: INT8: times drift: [a] to [b]",
         "note: throttled",
         "note: no FP16 engine",
+        "note: no p",
     ]
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -158,6 +159,26 @@ def test_settings_are_those_of_mlperf_unless_shortened() -> None:
     assert found["multi-stream"].min_query_count == 662
     assert found["offline"].min_query_count == 24_576
     assert found["offline"].qsl_rng_seed != 0
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_test_prepares_more_than_the_tries_say_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scenario: str
+) -> None:
+    asked = SimpleNamespace(min_duration_ms=600_000, performance_sample_count_override=1024, min_query_count=1)
+
+    def start(*_: Any) -> Any:
+        raise OSError("started")
+
+    monkeypatch.setattr(loadgen, "need", lambda *_: SimpleNamespace(TestMode=SimpleNamespace(PerformanceOnly=0)))
+    monkeypatch.setattr(loadgen, "_settings", lambda *_: asked)
+    monkeypatch.setattr(loadgen._System, "try_out", lambda _: 0.02)
+    monkeypatch.setattr(loadgen._System, "start", start)
+    with pytest.raises(OSError, match="started"):
+        performance(Answering(batch=8), numbered(40), scenario, tmp_path)
+    images = 1 if scenario == "single-stream" else 8
+    assert asked.offline_expected_qps == pytest.approx(1.2 * images / 0.02)  # one that ends too early is invalid
+    assert asked.single_stream_expected_latency_ns == asked.multi_stream_expected_latency_ns == 0.01e9
 
 
 @real

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from records import record
+from records import latency, record
 
 from edgeres.markdown import markdown, text
 
@@ -36,6 +36,19 @@ def test_reasons_notes_and_doubts_are_told() -> None:
     for line in ("first reason", "second reason", "fc is FP32", "1 unreadable image left out"):
         assert f"- INT8: {line}\n" in document
     assert "- INT8: latency: governor is schedutil, not performance" in document
+    assert "not stable" not in document
+
+
+def test_a_latency_that_is_not_stable_is_marked_with_the_reason() -> None:
+    shared = {**latency(), "notes": ["no FP32 engine"]}
+    shared["runners"]["INT8"] |= {"stable": False, "warnings": ["times scatter"]}
+    document = markdown([record("fp16", latency=shared), record(latency=shared)])
+    assert row(document, "INT8")[-2] == "2.50 (2.48 to 2.51), **not stable**"
+    assert "not stable" not in " ".join(row(document, "FP32") + row(document, "FP16"))
+    why = "INT8: times scatter; governor is schedutil, not performance"
+    assert document.count(f"- FP16 and INT8: latency is **not stable**: {why}\n") == 1
+    assert document.count("governor") == 1
+    assert document.count("- FP16 and INT8: latency: no FP32 engine\n") == 1
 
 
 def test_without_a_budget_benchmark_or_labels_it_says_less() -> None:
@@ -47,6 +60,10 @@ def test_without_a_budget_benchmark_or_labels_it_says_less() -> None:
     assert row(markdown([r]), "INT8") == ["INT8", "**no budget**", none, "", "99.04", "34.8 dB", "24.0", none, none]
     assert "No budget was set, so nothing was judged." in markdown([r])
     assert "in brackets" not in markdown([r])
+    assert "The images have no labels, so accuracy was not measured" in markdown([r])
+    assert f"{none}: not measured." in markdown([r])
+    assert "labels" not in markdown([record()])
+    assert "measured" not in markdown([record()])
 
 
 def test_the_provenance_is_folded_away() -> None:

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from edgeres import pipeline, progress
-from edgeres.errors import InputError, StaleError
+from edgeres.errors import InputError, StaleError, UsageError
 from edgeres.files import write_json
 from edgeres.job import Job
 from edgeres.layouts import open_images
@@ -186,7 +186,10 @@ def test_an_accepted_result_is_looked_for_from_the_workspace(job: Job, tmp_path:
     (whole,) = load(validate(judged))
     assert whole["budget"]["accepted"]["path"] == "accepted.json"
     assert "every answer is that of the accepted engine to the last bit" in whole["reasons"][2]
-    merge([validate(judged, Shard(i, 2)) for i in (1, 2)], tmp_path / "result.json", job.root)
+    parts = [validate(judged, Shard(i, 2)) for i in (1, 2)]
+    with pytest.raises(UsageError, match=r"accepted\.json is what this run writes"):
+        merge(parts, accepted, job.root)
+    merge(parts, tmp_path / "result.json", job.root)
     assert digits(load(tmp_path / "result.json")[0]) == digits(whole)
 
 
@@ -224,7 +227,7 @@ def spoil(path: Path, **changes: Any) -> None:
         ({"provenance__digests__images": "x" * 64}, "digest of images: "),
         ({"provenance__digests__engine": "x" * 64}, "digest of engine: "),
         ({"provenance__digests__weights": None}, "digest of weights: "),
-        ({"provenance__preprocess__crop": 40}, "preprocess: "),
+        ({"provenance__preprocess__crop": 30}, "preprocess: "),
         ({"provenance__built_with__onnxruntime": "1.0"}, "built_with: "),
         ({"budget__max_drop": 0.6}, "budget: "),
         ({"precision": "int8"}, "precision: fp16 and int8"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -358,6 +359,18 @@ def test_of_two_processes_that_write_one_pack_the_second_waits_and_takes_what_is
     assert len(seen) == 100
     assert path.read_bytes() == packed.root.read_bytes()
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_disk_that_fills_is_an_error_that_names_the_pack(
+    images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: _Part) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(_Part, "_note", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        write_pack(images, SMALL, tmp_path / "set.pack")
+    assert error.value.filename == str(tmp_path / "set.pack.part")
 
 
 # files that are refused

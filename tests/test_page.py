@@ -15,6 +15,7 @@ from PIL import Image
 from records import NAMES, histogram, latency, layers, record, save
 
 from edgeres import result
+from edgeres.data import ImageSet, Manifest
 from edgeres.errors import MissingDependency
 from edgeres.layouts import open_images
 from edgeres.page import THUMBNAILS, content, page
@@ -55,6 +56,15 @@ class Reader(HTMLParser):
 
 def words(*results: dict[str, Any], **more: Any) -> str:
     return re.sub(r"\s+", " ", Reader(page(list(results), **more)).text)
+
+
+def only(picture: Path, *results: dict[str, Any]) -> ImageSet:
+    """A set of one image, and ``results`` as if every changed answer were of it."""
+    images = ImageSet(picture.parent, (picture.name,), None)
+    for r in results:
+        r["images_of"], r["provenance"]["digests"]["images"] = 1, Manifest.of(images).digest()
+        r["flipped"] = [{**f, "path": picture.name} for f in r["flipped"]]
+    return images
 
 
 def unlabelled() -> dict[str, Any]:
@@ -159,8 +169,25 @@ def test_what_makes_a_measurement_doubtful_is_said() -> None:
     doubtful["runners"]["INT8"] |= {"stable": False, "warnings": ["times drift"]}
     doubtful["runners"]["FP16"] |= {"stable": False}
     text = words(record(latency=doubtful))
-    assert "INT8: times drift" in text
-    assert "FP16: not stable" in text
+    assert "INT8 is not stable: times drift" in text
+    assert "FP16 is not stable: governor is schedutil, not performance" in text
+
+
+def test_a_headline_is_marked_where_latency_is_not_stable() -> None:
+    r = record()
+    assert "not stable" not in words(r)
+    r["latency"]["runners"]["INT8"] |= {"stable": False, "warnings": ["times drift"]}
+    headline = words(r).split("Loss of top-1 against")[0]
+    assert "latency p50, not stable" in headline
+    assert "Latency is not stable:INT8: times driftgovernor is schedutil, not performance" in headline
+    texts = {p["name"]: p["text"] for p in content([r])["scatter"]["points"]}
+    assert [name for name, text in texts.items() if text.endswith("not stable")] == ["INT8"]
+
+
+def test_the_setting_names_every_batch_of_a_sweep() -> None:
+    swept, alone = latency(), {**latency(), "sweep": [], "streams": 4}
+    notes = [content([record(latency=of)])["benchmarks"][0]["note"] for of in (swept, alone)]
+    assert notes == ["batch 1; sweep of batches 1, 8, 32 below; preset edgeres", "batch 1; 4 streams; preset edgeres"]
 
 
 def test_where_it_was_measured_is_told() -> None:
@@ -210,14 +237,11 @@ def test_changed_answers_are_told_with_their_classes() -> None:
 
 
 def test_at_most_sixty_answers_have_a_picture_and_all_that_are_listed_are_there(tmp_path: Path) -> None:
-    r = record(flips=150, images=20_000)
-    for f in r["flipped"]:
-        f["path"] = str(tmp_path / "one.png")
     Image.new("RGB", (300, 200), "red").save(tmp_path / "one.png")
-    for results in ([r], [r, record("fp16", flips=150)]):
-        for one in results:
-            one["flipped"] = r["flipped"]
-        text = page(results)
+    both = [record(flips=150, images=20_000), record("fp16", flips=150, images=20_000)]
+    images = only(tmp_path / "one.png", *both)
+    for results in (both[:1], both):
+        text = page(results, images=images)
         assert text.count("data:image/jpeg") == THUMBNAILS
         cards = len([0 for tag, a in Reader(text).elements if "flip " in (a.get("class") or "")])
         assert cards == 150 * len(results)
@@ -240,9 +264,16 @@ def test_pictures_come_from_the_image_set(val_folder: Path) -> None:
     images = open_images(val_folder)
     r = record(flips=2)
     r["flipped"][0]["path"], r["flipped"][1]["path"] = images.paths[0], "gone.jpg"
+    others = page([r], images=images)
+    assert "data:image/jpeg" not in others
+    assert (
+        f"There are no pictures: the 24 images in {val_folder} are not the 10,000 of the result: SHA-256 of " in others
+    )
+    r["images_of"], r["provenance"]["digests"]["images"] = len(images), Manifest.of(images).digest()
     text = page([r], images=images)
     assert text.count("data:image/jpeg") == 1
     assert text.count("the image is not here") == 1
+    assert "no pictures" not in text
 
 
 def test_without_a_change_it_says_so() -> None:
@@ -331,14 +362,15 @@ def test_nothing_is_asked_of_the_network() -> None:
 def test_a_page_of_ten_thousand_images_is_small_and_quick(tmp_path: Path) -> None:
     for i in range(THUMBNAILS // 2):
         Image.effect_noise((320, 240), 80 + i).convert("RGB").save(tmp_path / f"{i}.jpg")  # noise is the largest
-    results = []
+    results, images = [], ImageSet(tmp_path, tuple(f"{i}.jpg" for i in range(THUMBNAILS // 2)), None)
     for precision in ("fp16", "int8"):
         r = record(precision, images=10_000, classes=1000, flips=200, ranges=[histogram(f"t{i}", i) for i in range(8)])
         for i, f in enumerate(r["flipped"]):
-            f["path"] = str(tmp_path / f"{i}.jpg")
+            f["path"] = f"{i}.jpg"
+        r["provenance"]["digests"]["images"] = Manifest.of(images).digest()
         results.append(result.load(save(tmp_path / precision, r))[0])
     start = time.perf_counter()
-    text = page(results)
+    text = page(results, images=images)
     assert time.perf_counter() - start < 5
     assert len(text.encode()) < 3e6
     assert text.count("data:image/jpeg") == THUMBNAILS
@@ -364,8 +396,10 @@ def opened(browser: Page, tmp_path: Path) -> Page:
     """The page of two engines, 360 pixels wide."""
     Image.new("RGB", (64, 64), "green").save(tmp_path / "one.png")
     r = record(flips=150, images=20_000)
-    r["flipped"][0]["path"] = str(tmp_path / "one.png")
-    write_text(tmp_path / "page.html", page([record("fp16", flips=6), r]))
+    images = only(tmp_path / "one.png", r)
+    for i, f in enumerate(r["flipped"][1:]):
+        f["path"] = f"gone/{i:03}.png"
+    write_text(tmp_path / "page.html", page([record("fp16", flips=6), r], images=images))
     browser.look(360)
     browser.open(tmp_path / "page.html")
     return browser
@@ -466,6 +500,9 @@ def test_it_prints_with_the_provenance_unfolded(opened: Page, tmp_path: Path) ->
     opened.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")  # until it is drawn
     assert visible(opened, "details.whole dl.record > div") > 20
     assert visible(opened, "nav, fieldset") == 0
+    for leads in ("h2", "h3", "section > p", ".caption"):
+        breaks = f"[...document.querySelectorAll('main {leads}')].map(e => getComputedStyle(e).breakAfter)"
+        assert set(opened.run(breaks)) == {"avoid"}, f"{leads} may end a page"
     opened.pdf(tmp_path / "page.pdf")
     assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
     opened.call("Emulation.setEmulatedMedia", media="")

@@ -12,12 +12,14 @@ from onnx import numpy_helper
 from PIL import Image
 
 from edgeres import graph, pipeline, ranges, typed
+from edgeres.benchmark import Plan
 from edgeres.build import Engine
 from edgeres.calibrate import RangeTable
 from edgeres.errors import BuildError, EdgeresError, InputError, UsageError
 from edgeres.job import Job
 from edgeres.recipe import load_recipe
 from edgeres.targets import Target, load_target, names
+from edgeres.validate import Shard
 
 Make = Callable[..., Job]
 
@@ -235,6 +237,55 @@ def test_the_engine_record_says_how_it_was_chosen(make: Make) -> None:
     assert (record["io"], record["chosen"]["method"]) == ("uint8", "mse")
     _, said = told(pipeline.ensure_engine, make(engine__io="uint8"))
     assert "built" not in said
+
+
+def test_an_engine_is_not_judged_against_the_result_that_it_overwrites(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = pipeline.ensure_engine(make())
+    pipeline.validate_engines(make(), [engine])
+    own = engine.path.with_name("result.json")
+    before, link = own.read_bytes(), tmp_path / "link.json"
+    link.symlink_to(own)
+    kept = shutil.copy(own, tmp_path / "NAME.result.json")
+    shutil.copy(own.with_name("outcomes.npz"), tmp_path / "NAME.outcomes.npz")
+    with monkeypatch.context() as idle:
+        for work in ("ensure_model", "ensure_engine"):
+            idle.setattr(pipeline, work, lambda _: pytest.fail("this is work"))
+        for path in (own, link, Path("engines/out/tiny-int8-cpu/result.json")):
+            job = make(budget__accepted=str(path))
+            with pytest.raises(UsageError, match="is what this run writes") as caught:
+                pipeline.validate_engines(job, [engine])
+            assert "engines/out/tiny-int8-cpu/result.json" in caught.value.cause
+            assert "copy it and outcomes.npz to engines/NAME.result.json" in caught.value.hint
+            with pytest.raises(UsageError, match="is what this run writes"):
+                pipeline.run(job, ("int8",))
+    assert own.read_bytes() == before
+    (result,) = pipeline.validate_engines(make(budget__accepted=str(kept)), [engine])
+    assert result["reasons"][0].startswith("every answer is that of the accepted engine")
+
+
+def test_a_validation_does_not_wait_for_the_tail_of_latency(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[Plan] = []
+    monkeypatch.setattr(pipeline.lineup, "run", lambda job, engines, plan: plans.append(plan))
+    job = make()
+    pipeline.validate_engines(job, [pipeline.ensure_engine(job)])
+    assert plans == [Plan(tail=False)]
+
+
+def test_copies_of_images_are_said_and_judged(make: Make, tmp_path: Path, val_folder: Path) -> None:
+    images = shutil.copytree(val_folder, tmp_path / "copied")
+    for i in range(3):
+        shutil.copy(images / "class1" / "0.png", images / "class1" / f"again{i}.png")
+    shutil.copy(images / "class2" / "1.jpg", images / "class3" / "other.jpg")  # under another label too
+    job = make(validation__images=str(images))
+    engine = pipeline.ensure_engine(job)
+    words = f"4 of 28 images are {pipeline.COPIES}"
+    (result,) = pipeline.validate_engines(job, [engine])
+    assert (result["images"], result["notes"], engine.record["fusion"]["notes"]) == (28, [words], [])
+    (part,) = pipeline.validate_engines(job, [engine], Shard(1, 1))
+    assert part["notes"] == [words]
+    assert pipeline.validate_engines(make(), [engine])[0]["notes"] == []
 
 
 def test_images_that_tensorrt_calibrated_on_may_not_judge(make: Make) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -9,8 +10,10 @@ from click.testing import CliRunner, Result
 from records import SHA, latency, record, save
 
 from edgeres.cli import cli
+from edgeres.data import Manifest
 from edgeres.errors import InputError
 from edgeres.files import write_json
+from edgeres.layouts import open_images
 from edgeres.publish import read, write, write_text
 
 
@@ -101,17 +104,26 @@ def test_the_command_gives_json_and_shows_a_missed_budget_without_failing(tmp_pa
 
 
 def test_the_page_has_pictures_from_the_workspace(tmp_path: Path, workspace: Path, val_folder: Path) -> None:
-    r = record(flips=3)
-    for i, f in enumerate(r["flipped"]):
-        f["path"] = f"class0/{i}.{'jpg' if i % 2 else 'png'}"
+    r, images = record(flips=3), open_images(val_folder).subset(20, seed=7)
+    r["images_of"], r["provenance"]["digests"]["images"] = 20, Manifest.of(images).digest()
+    for f, path in zip(r["flipped"], images.paths, strict=False):
+        f["path"] = path
     path = save(tmp_path / "a", r)
+    recipe = (workspace / "edgeres.toml").read_text(encoding="utf-8")
+    (workspace / "edgeres.toml").write_text(f"seed = 7\n{recipe}", encoding="utf-8")
     assert edgeres("report", "show", path, "--html", "p.html").exit_code == 0
     assert Path("p.html").read_text(encoding="utf-8").count("data:image/jpeg;base64,") == 3
-    (workspace / "edgeres.toml").write_text('[validation]\nimages = "not/here"\n', encoding="utf-8")
+    (workspace / "edgeres.toml").write_text('seed = 7\n[validation]\nimages = "not/here"\n', encoding="utf-8")
     assert edgeres("report", "show", path, "--html", "q.html").exit_code == 0
     assert Path("q.html").read_text(encoding="utf-8").count("the image is not here") == 3
     assert edgeres("report", "show", path, "--html", "r.html", "--data", val_folder).exit_code == 0
     assert Path("r.html").read_text(encoding="utf-8").count("data:image/jpeg;base64,") == 3
+    shutil.copytree(val_folder, "fake")
+    (Path("fake") / images.paths[0]).write_bytes((val_folder / images.paths[1]).read_bytes())
+    done = edgeres("report", "show", path, "--html", "f.html", "--data", "fake")
+    assert done.exit_code == 0
+    assert "/fake are not the 20 of the result: SHA-256 of files and labels " in done.stderr
+    assert "data:image/jpeg" not in Path("f.html").read_text(encoding="utf-8")
     wrong = edgeres("report", "show", path, "--html", "s.html", "--data", "not/here")
     assert wrong.exit_code == 1
     assert "no images at " in wrong.stderr

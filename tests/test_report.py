@@ -104,6 +104,29 @@ def test_no_number_is_cut_at_80_columns(p50: float, drop: tuple[float, float, fl
     assert f"{1.2 * p50:.2f}" in narrow[3]
 
 
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_long_names_give_way_and_numbers_do_not(width: int) -> None:
+    names = ("resnet50-v1.5-imagenet-entropy", "a name of many words that nobody expected to be so long")
+    results = [record(name=name, target=name) for name in names]
+    results[0]["latency"]["runners"]["FP32"]["intervals"]["p50"] = [12_345.67, 23_456.78]
+    for made in (table(results), intervals(results)):
+        narrow, wide = "\n".join(lines(made, width)), "\n".join(lines(made, 300))
+        assert max(map(len, narrow.splitlines())) <= width
+        assert "…" not in narrow
+        numbers = re.findall(r"(?<=\s)[+-]?\d+\.\d+x?(?=\s|$)", wide)
+        assert len(numbers) > 15
+        assert sorted(re.findall(r"(?<=\s)[+-]?\d+\.\d+x?(?=\s|$)", narrow)) == sorted(numbers)
+        for name in names:
+            assert set(name.split()) <= set(wide.split())
+    letters = "".join(line.split("  ")[0] for line in lines(table(results), 80)[3:])
+    assert "resnet50-v1.5-imagenet-entropy" in letters
+
+
+def test_one_image_is_one_image() -> None:
+    assert lines(table([bare(images=1)]))[0] == "resnet50 v1.5 on cpu, 1 image"
+    assert "INT8 note: 1 unreadable image left out" in plain(verdicts([bare(skipped=["a.png"])]))
+
+
 def test_columns_are_two_apart_where_there_is_room() -> None:
     header, row = lines(table([bare()]))[1], lines(table([bare()]))[3]
     assert re.search(r"drop {2,}95% interval {2,}agree %", header)
@@ -123,27 +146,17 @@ def test_intervals_stand_below_the_table() -> None:
     r = record()
     head, fp32, int8 = lines(intervals([r]))
     low, high = r["latency"]["runners"]["INT8"]["intervals"]["p50"]
-    assert head.split() == ["95%", "intervals", "top-1", "%", "top-5", "%", "p50", "ms", "faster"]
-    assert fp32.split()[:5] == ["FP32", "85.56", "86.91", "99.31", "99.59"]
-    assert int8.split() == [
-        "INT8",
-        "85.51",
-        "86.86",
-        "99.31",
-        "99.59",
-        f"{low:.2f}",
-        f"{high:.2f}",
-        "2.33x",
-        "2.29",
-        "2.38",
-    ]
+    assert head.split() == ["95%", "intervals", "top-1", "%", "top-5", "%", "p-value", "p50", "ms", "faster"]
+    assert fp32.split()[:6] == ["FP32", "85.56", "86.91", "99.47", "99.31", "99.59"]
+    numbers = ["85.51", "86.86", "99.47", "99.31", "99.59", "0.580", f"{low:.2f}", f"{high:.2f}"]
+    assert int8.split() == ["INT8", *numbers, "2.33x", "2.29", "2.38"]
     assert max(map(len, (head, fp32, int8))) <= 80
 
 
 def test_intervals_that_were_not_measured_have_no_column() -> None:
     head, _, int8 = lines(intervals([bare()]))
-    assert head.split() == ["95%", "intervals", "top-1", "%", "top-5", "%"]
-    assert int8.split() == ["INT8", "85.51", "86.86", "99.31", "99.59"]
+    assert head.split() == ["95%", "intervals", "top-1", "%", "top-5", "%", "p-value"]
+    assert int8.split() == ["INT8", "85.51", "86.86", "99.47", "99.31", "99.59", "0.580"]
     assert intervals([unlabelled(latency=None)]) is None
 
 
@@ -174,6 +187,16 @@ def test_results_of_several_baselines_have_a_table_each() -> None:
     other = bare()
     other["provenance"]["digests"]["images"] = "e" * 64
     assert len(groups([bare(), other])) == 2
+
+
+def test_baselines_are_told_apart_by_name_and_color() -> None:
+    other, fewer = record(), record(images=500)
+    other["provenance"]["digests"]["images"] = fewer["provenance"]["digests"]["images"] = "e" * 64
+    found = columns([record(), other])
+    assert [c.name for c in found] == ["FP32 (1)", "INT8 (1)", "FP32 (2)", "INT8 (2)"]
+    assert len({c.css for c in found}) == 4
+    assert [c.name for c in columns([record(), fewer])][::2] == ["FP32 on 10,000 images", "FP32 on 500 images"]
+    assert [c.css for c in columns([record(), fewer])][:2] == ["c0", "c2"]
 
 
 def test_engines_are_named_by_what_tells_them_apart() -> None:
@@ -292,4 +315,13 @@ def test_what_engines_of_one_benchmark_share_is_said_once() -> None:
         "FP16 cpu and INT8 cpu latency is not stable: FP32: times drift; INT8: times scatter; "
         "governor is schedutil, not performance",
         "INT8 rtx latency is not stable: FP32: times drift",
+    ]
+
+
+def test_what_a_benchmark_lacks_is_said_once() -> None:
+    shared = {**latency(), "notes": ["no FP16 engine to compare with"]}
+    other = record(target="rtx", latency=latency(seed=9))
+    told = plain(verdicts([record("fp16", latency=shared), other, record(latency=shared)]))
+    assert [line for line in told if "FP16 engine" in line] == [
+        "FP16 cpu and INT8 cpu latency note: no FP16 engine to compare with"
     ]

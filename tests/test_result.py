@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +11,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from records import NEW
+from records import NEW, full
 from rows import drawn, flips
 from statsmodels.stats.multitest import multipletests
 
+import edgeres.result
+from edgeres.card import card
+from edgeres.diff import diff
 from edgeres.errors import InputError
 from edgeres.files import to_json, write_json
+from edgeres.junit import junit
+from edgeres.markdown import markdown
 from edgeres.outcomes import Outcomes
+from edgeres.page import content, page
 from edgeres.recipe import Budget
+from edgeres.report import shown
 from edgeres.result import FORMER, MOST_FLIPPED, load, measured, result
+from edgeres.schema import ENGINE as ENGINE_FIELDS
+from edgeres.schema import LATENCY, refuse, wrong
 from edgeres.statistics import mcnemar, paired, wilson
 from edgeres.validate import Comparison, Shard
 from edgeres.verdict import judge
@@ -97,6 +107,14 @@ def test_the_json_is_in_percent_points_and_ms() -> None:
     assert r["flips"] == {"right_to_wrong": 14, "wrong_to_right": 8, "wrong_to_wrong": 0}
     assert (r["verdict"], r["images_needed"]) == ("PASS", None)
     assert (r["skipped"], r["notes"]) == (["bad.png"], ["slow"])
+
+
+def test_top5_has_the_interval_of_its_own_flips() -> None:
+    rows = drawn(2000, 10)
+    c = Comparison.of(rows)
+    assert c.lost5 > c.won5 > 0
+    assert (c.lost5, c.won5) != (c.right_to_wrong, c.wrong_to_right)
+    assert make(rows)["drop"]["top5_interval"] == list(paired(c.lost5, c.won5, 2000))
 
 
 def test_an_exact_engine_has_no_ratio_in_json() -> None:
@@ -241,16 +259,16 @@ def at(path: str, value: Any = ...) -> Callable[[dict[str, Any]], None]:
     ("change", "wrong"),
     [
         (at("kl"), "kl is missing"),
-        (at("baseline.top1", "85"), 'baseline.top1 is "85", not number or null'),
+        (at("baseline.top1", "85"), 'baseline.top1 is "85", not number from 0 to 100 or null'),
         (at("engine", None), "engine is null, not object"),
-        (at("images", 3.5), "images is 3.5, not count"),
-        (at("images", -3), "images is -3, not count"),
-        (at("images", True), "images is true, not count"),
+        (at("images", 3.5), "images is 3.5, not count above 0"),
+        (at("images", -3), "images is -3, not count above 0"),
+        (at("images", True), "images is true, not count above 0"),
         (at("labels", 1), "labels is 1, not true or false"),
         (at("drop", None), "drop is null, though there are labels"),
-        (at("drop.interval", [0.1]), "drop.interval is [0.1], not pair of numbers"),
-        (at("drop.interval", None), "drop.interval is null, not pair of numbers"),
-        (at("drop.top5_interval", ["a", 1]), 'drop.top5_interval is ["a", 1], not pair of numbers or null'),
+        (at("drop.interval", [0.1]), "drop.interval is [0.1], not interval [low, high]"),
+        (at("drop.interval", None), "drop.interval is null, not interval [low, high]"),
+        (at("drop.top5_interval", ["a", 1]), 'drop.top5_interval is ["a", 1], not interval [low, high] or null'),
         (at("flips.wrong_to_wrong"), "flips.wrong_to_wrong is missing"),
         (at("classes", {}), "classes is {}, not list or null"),
         (at("classes.3.lost", None), "classes[3].lost is null, not count"),
@@ -265,7 +283,7 @@ def at(path: str, value: Any = ...) -> Callable[[dict[str, Any]], None]:
             at("verdict", "\x1b[32mPASS"),
             'verdict is "\\u001b[32mPASS", not PASS, NOT ENOUGH IMAGES, NO LABELS, FAIL or null',
         ),
-        (at("images", 10**400), "OverflowError: int too large to convert to float"),
+        (at("images", 10**400), f"images is {10**39}, not count above 0"),
         (at("baseline.latency_ms.p90"), "baseline.latency_ms.p90 is missing"),
         (at("budget.accepted", {"path": "x", "top1": 1.0}), "budget.accepted.max_loss is missing"),
         (at("shard", {"index": 1}), "shard.of is missing"),
@@ -282,6 +300,170 @@ def test_what_is_wrong_with_a_result_is_named(
     with pytest.raises(InputError, match=r"result.json is damaged") as caught:
         load(saved(tmp_path, record))
     assert caught.value.evidence == wrong
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        (at("images", 0), "images is 0, not count above 0"),
+        (at("engine.size_bytes", 0), "engine.size_bytes is 0, not count above 0"),
+        (at("classes.1.images", 0), "classes[1].images is 0, not count above 0"),
+        (at("drop.interval", [0.2, 0.1]), "drop.interval is [0.2, 0.1], not interval [low, high]"),
+        (at("drop.p_value", 1.5), "drop.p_value is 1.5, not number from 0 to 1"),
+        (at("engine.top5", None), "engine.top5 is null, though there is a drop"),
+        (at("engine.top1", 100.5), "engine.top1 is 100.5, not number from 0 to 100 or null"),
+        (at("flipped.0.kind", "x"), 'flipped[0].kind is "x", not right_to_wrong, wrong_to_right, ... changed'),
+        (at("provenance.machine.gpus.0", None), "provenance.machine.gpus[0] is null, not object"),
+        (at("provenance.digests.weights", 3), "provenance.digests.weights is 3, not text or object or null"),
+        (at("provenance.fleet.versions.1", 1), "provenance is ... , not object, not deep, with lists of one kind"),
+        (at("provenance.preprocess.crop", "x"), "provenance.preprocess: 'crop' ... must be int, not 'x'"),
+        (at("ranges.0.edges.0"), "ranges[0] is ... , not object with an edge more than counts"),
+        (at("ranges.0.counts.0", -1), "ranges[0].counts is ... , not list of counts"),
+        (at("ranges.0.thresholds.mse", []), "ranges[0].thresholds.mse is [], not interval [low, high]"),
+        (at("latency.runners"), "latency.runners is missing"),
+        (at("latency.streams", 0), "latency.streams is 0, not count above 0"),
+        (at("latency.runners.INT8.stable"), "latency.runners.INT8.stable is missing"),
+        (at("latency.runners.\x1b", 1), "latency.runners.\\u001b is 1, not object"),
+        (
+            at("latency.runners.INT8.intervals.p50", [0.0, 1.0]),
+            "latency.runners.INT8.intervals.p50 is ... or null",
+        ),
+        (at("latency.runners.INT8.p99", 1e-9), "latency.runners.INT8 is ... whose percentiles lie in its histogram"),
+        (at("latency.runners.INT8.histogram.counts", [0, 0]), "latency.runners.INT8 is ... lie in its histogram"),
+        (at("latency.conditions.warnings", None), "latency.conditions.warnings is null, not list"),
+    ],
+)
+def test_what_would_not_be_shown_is_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], wrong: str
+) -> None:
+    record = full()
+    assert load(saved(tmp_path, record)) == [record]
+    change(record)
+    with pytest.raises(InputError, match=r"result.json is damaged") as caught:
+        load(saved(tmp_path, record))
+    begins, _, ends = wrong.partition(" ... ")
+    evidence = caught.value.evidence
+    assert (evidence[: len(begins)], evidence[len(evidence) - len(ends) :]) == (begins, ends)
+    assert caught.value.hint == "validate again to write it anew"
+
+
+def test_a_percentile_with_a_point_in_its_name_is_looked_at(tmp_path: Path) -> None:
+    record = full()
+    record["latency"]["runners"]["INT8"]["p99.9"] = "x"
+    with pytest.raises(InputError) as caught:
+        load(saved(tmp_path, record))
+    assert caught.value.evidence == 'latency.runners.INT8.p99.9 is "x", not number above 0 or null'
+
+
+def test_a_verdict_has_reasons(tmp_path: Path) -> None:
+    record = {**full(), "reasons": []}
+    assert load(saved(tmp_path, record))  # they are made from the drop and the budget on it
+    record["budget"]["max_drop"] = None
+    with pytest.raises(InputError) as caught:
+        load(saved(tmp_path, record))
+    assert caught.value.evidence == "reasons is [], though there is a verdict"
+
+
+GONE, BAD = object(), (None, "x", -1, 0, [])
+TWICE = ("FP32", "after", "minmax", "percentile", "entropy", "p90", "p95")
+"""Fields that have a like one, which is spoilt; nor does each item of a list need to be."""
+
+
+def spoilt(record: Any, value: Any = None, path: str = "") -> Iterator[str]:
+    """``record`` with one field or item after another gone or `BAD`, and then as it was."""
+    value = value or record
+    for key, item in [*value.items()] if isinstance(value, dict) else [*enumerate(value[:1])]:
+        if key in TWICE:
+            continue
+        place = f"{path}.{key}"
+        for bad in (GONE, *BAD):
+            if bad is not GONE:
+                value[key] = bad
+                yield f"{place} = {bad!r}"
+                value[key] = item
+            elif isinstance(value, list):
+                yield from ()  # an empty list is among `BAD`
+            else:
+                order = [*value.items()]
+                del value[key]
+                yield f"{place} gone"
+                value |= dict(order)
+        if item and isinstance(item, dict | list):
+            yield from spoilt(record, item, place)
+
+
+def views(r: dict[str, Any], engine: dict[str, Any] | None = None) -> None:
+    """Everything that shows results, but `diff`, which reads files, and the page's template, which takes its time."""
+    assert all((shown([r]), markdown([r]), junit([r]), content([r], [engine]), card(r, engine)))
+
+
+def test_a_spoilt_result_is_refused_or_every_view_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record, counts = json.loads(to_json(full())), Counter[str]()
+    path, whole = tmp_path / "result.json", tmp_path / "whole.json"
+    read = {whole: [full()]}
+    monkeypatch.setattr(edgeres.result, "load", read.__getitem__)  # for `diff`, once is enough
+    for what in spoilt(record):
+        path.write_text(json.dumps(record), encoding="utf-8")
+        try:
+            read[path] = load(path)
+        except InputError:
+            counts["refused"] += 1
+            continue
+        try:
+            views(read[path][0])
+            diff(whole, path)
+        except Exception as error:
+            raise AssertionError(f"{what} breaks a view") from error
+        counts["shown"] += 1
+    assert record == full()
+    assert min(counts["refused"], counts["shown"]) > 300
+
+
+def test_the_page_of_a_full_result_is_made() -> None:
+    assert "orin" in page([full()])
+
+
+def test_a_spoilt_engine_record_is_refused_or_every_view_works() -> None:
+    engine = {
+        "sha256": "8" * 64,
+        "classes": 10,
+        "size_bytes": 24_000_000,
+        "executor": "onnxruntime",
+        "io": "fp32",
+        "kept_fp32": ["fc"],
+        "fusion": {"operators": {"QLinearConv": 53}, "notes": []},
+        "built_with": {"edgeres": "0.1.0"},
+        "made_from": {"model": "a" * 64},
+    }
+    r = full()
+    assert not list(wrong(engine, ENGINE_FIELDS))
+    for what in spoilt(engine):
+        if not list(wrong(engine, ENGINE_FIELDS)):
+            try:
+                views(r, engine)
+            except Exception as error:
+                raise AssertionError(f"{what} breaks a view") from error
+    assert list(wrong({"fusion": "x"}, ENGINE_FIELDS)) == ['fusion is "x", not object']
+
+
+def test_a_benchmark_is_looked_at_as_within_a_result() -> None:
+    with pytest.raises(InputError, match=r"^benchmark b\.json is damaged") as caught:
+        refuse(wrong({"format": "edgeres benchmark 1"}, LATENCY), "benchmark b.json", "measure again")
+    assert (caught.value.evidence, caught.value.hint) == ("runners is missing", "measure again")
+    measured = full()["latency"]
+    refuse(wrong(measured, LATENCY), "", "")
+    at("conditions.warnings.0", 3)(measured)
+    assert list(wrong(measured, LATENCY)) == ["conditions.warnings[0] is 3, not text"]
+
+
+def test_a_file_of_lists_in_lists_is_refused(tmp_path: Path) -> None:
+    nested: Any = {}
+    for _ in range(400):
+        nested = {"deeper": nested}
+    record = full()
+    record["provenance"]["fleet"] = nested
+    with pytest.raises(InputError, match="is damaged"):
+        load(saved(tmp_path, record))
 
 
 @pytest.mark.parametrize("key", ["images", "precision", "baseline", "drop", "budget", "agreement"])

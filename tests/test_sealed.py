@@ -569,16 +569,51 @@ def test_an_interrupted_unpack_leaves_nothing(box: Path, tmp_path: Path, monkeyp
     assert os.listdir(tmp_path) == ["a.bundle"]
 
 
-def test_what_a_killed_unpack_left_is_removed_by_a_later_one(box: Path, tmp_path: Path) -> None:
-    left = {name: tmp_path / name for name in (".u[1].1.tmp", ".u[1].2.tmp", ".u1.1.tmp")}
-    for folder in left.values():
-        folder.mkdir()
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_a_killed_unpack_left_is_removed_by_a_later_one(box: Path, tmp_path: Path, whole: bool) -> None:
+    if whole:  # as another one made it meanwhile
+        Sealed.open(box).unpack(tmp_path / "u[1]")
+    ages = {".u[1].1.tmp": 90, ".u[1].2.tmp": 7200, ".u[1].3.tmp": 90, ".u1.1.tmp": 7200}
+    for name, age in ages.items():
+        (folder := tmp_path / name).mkdir()
         (folder / "model.onnx").write_bytes(b"half")
         for path in (folder / "model.onnx", folder):
-            os.utime(path, (time.time() - 7200,) * 2)
-    os.utime(left[".u[1].2.tmp"] / "model.onnx")  # at work
-    Sealed.open(box).unpack(tmp_path / "u[1]")
-    assert sorted(os.listdir(tmp_path)) == [".u1.1.tmp", ".u[1].2.tmp", "a.bundle", "u[1]"]
+            os.utime(path, (time.time() - age,) * 2)
+    os.utime(tmp_path / ".u[1].3.tmp" / "model.onnx")  # it has only begun
+    with sealed._locked(tmp_path / ".u[1].2.tmp", wait=True):  # it is at work, and the clock was set
+        Sealed.open(box).unpack(tmp_path / "u[1]")
+    assert sorted(os.listdir(tmp_path)) == [".u1.1.tmp", ".u[1].2.tmp", ".u[1].3.tmp", "a.bundle", "u[1]"]
+
+
+def test_without_locks_what_is_left_stays_for_an_hour(
+    box: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no locks here")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    for name, age in {".u.1.tmp": 90, ".u.2.tmp": 7200}.items():
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    Sealed.open(box).unpack(tmp_path / "u")
+    assert sorted(os.listdir(tmp_path)) == [".u.1.tmp", "a.bundle", "u"]
+
+
+def test_who_unpacks_holds_the_folder(box: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy, held = sealed._copy, list[bool]()
+
+    def look(*arguments: Any) -> str:
+        (folder,) = tmp_path.glob(".u.*.tmp")
+        try:
+            with sealed._locked(folder, wait=False):
+                held.append(False)
+        except BlockingIOError:
+            held.append(True)
+        return copy(*arguments)
+
+    monkeypatch.setattr(sealed, "_copy", look)
+    Sealed.open(box).unpack(tmp_path / "u")
+    assert held == [True] * len(MEMBERS)
 
 
 def test_a_quicker_process_is_no_error(box: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import socket
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -48,6 +50,31 @@ def test_sockets_lie_where_ssh_can_make_them(
             assert len(f"{folder}/123456.{'x' * 16}") < 104
 
 
+@pytest.mark.parametrize(("options", "seconds"), [((), 15), (("ServerAliveInterval=7",), 7)])
+def test_a_connection_that_went_silent_is_noticed_in_45_seconds_unless_the_user_says_otherwise(
+    options: tuple[str, ...], seconds: int, tmp_path: Path
+) -> None:
+    (tmp_path / "config").touch()
+    made = ssh.Device("box.invalid", tmp_path, options, tmp_path / "config")
+    *command, host, _ = made._command(["guard"])
+    printed = subprocess.run([*command[:-1], "-G", host], capture_output=True, text=True, check=True)
+    values = dict(line.partition(" ")[::2] for line in printed.stdout.splitlines())
+    assert (values["serveraliveinterval"], values["serveralivecountmax"]) == (str(seconds), "3")
+    assert values["connecttimeout"] == "15"
+    made._errors.close()
+
+
+def test_a_login_that_comes_to_nothing_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssh, "LOGIN", 0.5)
+    (tmp_path / "config").touch()
+    with socket.create_server(("127.0.0.1", 0)) as mute, ssh.sockets() as folder:
+        port = f"Port={mute.getsockname()[1]}"
+        made = ssh.Device("127.0.0.1", Path(folder), (port,), tmp_path / "config")
+        with pytest.raises(ssh.LostConnection, match=r"it has not let you in after 0\.5 seconds"):
+            made.connect("python3", False, threading.Lock())
+        assert made.close() == []
+
+
 class Home:
     """A device's home folder, where guards of device.sh are started by hand."""
 
@@ -59,8 +86,12 @@ class Home:
 
     def guard(self, name: str, first: str = "/bin") -> Guard:
         """The guard of deploy ``name``; programs in the folder ``first`` come before all others."""
+        return self.step(name, "guard", "60", "", first=first)
+
+    def step(self, name: str, *arguments: str, first: str = "/bin") -> Guard:
+        """A step of deploy ``name``."""
         script = (Path(edgeres.__file__).parent / "device.sh").read_text(encoding="utf-8")
-        command = ["sh", "-c", script, "edgeres-deploy", name, "guard", "60", "none", ""]
+        command = ["sh", "-c", script, "edgeres-deploy", name, *arguments]
         environment = {"PATH": f"{first}:/usr/bin:/bin", "HOME": str(self.folder)}
         pipe = subprocess.PIPE
         process = subprocess.Popen(
@@ -132,3 +163,26 @@ def test_a_deploy_at_work_that_lost_its_lock_is_not_swept(home: Home) -> None:
     (home.cache / "lock").symlink_to("07e4.1")
     first.communicate()
     assert sorted(path.name for path in home.cache.iterdir()) == ["lock"]  # which is not its own
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("echo 'error while loading shared libraries: libpython3.so' >&2; exit 127", "libraries: libpython3.so"),
+        ("exit 3", ""),
+    ],
+)
+def test_a_python_that_does_not_work_is_not_called_absent(home: Home, script: str, words: str) -> None:
+    guard = home.guard("f125")
+    assert ready(guard)
+    python = home.folder / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    python.chmod(0o755)
+    _, told = home.step("f125", "look", str(python)).communicate()
+    error = ssh.failure(told.decode().splitlines(), "")
+    assert error.cause == f"{python} does not work on the device"
+    assert words in error.evidence
+    assert f"it ended with status {script.split()[-1]}" in error.evidence
+    assert "--python" in error.hint
+    out, _ = home.step("f125", "look", "/nowhere/python").communicate()
+    assert b"edgeres python=\n" in out  # absent

@@ -2,16 +2,20 @@ from __future__ import annotations
 
 import base64
 import io
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from records import record
 
+from edgeres.data import ImageSet, Manifest
 from edgeres.layouts import open_images
 from edgeres.pack import write_pack
 from edgeres.recipe import Preprocess
-from edgeres.thumbnails import SIDE, thumbnails
+from edgeres.thumbnails import SIDE, judged, thumbnails
 
 LARGE = Preprocess(crop=224)
 
@@ -45,22 +49,69 @@ def test_a_pack_has_pictures_without_its_files(val_folder: Path, preprocess: Pre
     assert other == (None, "the image cannot be read")
 
 
-def test_without_an_image_set_a_path_is_a_file(val_folder: Path, preprocess: Preprocess) -> None:
+def test_a_path_alone_is_no_picture(val_folder: Path, preprocess: Preprocess) -> None:
     images = open_images(val_folder)
     path = str(val_folder / images.paths[3])
-    assert thumbnails([path], preprocess) == thumbnails([images.paths[3]], preprocess, images)
-
-
-@pytest.mark.parametrize("path", ["none.jpg", "a\0b", "\udc83.jpg", ""])
-def test_an_image_that_is_not_here_has_a_reason(path: str, preprocess: Preprocess) -> None:
-    (found,) = thumbnails([path], preprocess)
-    assert found.uri is None
-    assert found.why in ("the image is not here", "the image cannot be read")
+    assert thumbnails([path], preprocess, None) == thumbnails([path], preprocess, images.take([0]))
+    assert thumbnails([path], preprocess, None) == [(None, "the image is not here")]
 
 
 def test_a_damaged_image_has_a_reason_that_shows_nothing_of_it(tmp_path: Path, preprocess: Preprocess) -> None:
     (tmp_path / "secret.jpg").write_bytes(b"secret words")
-    assert thumbnails([str(tmp_path / "secret.jpg")], preprocess) == [(None, "the image cannot be read")]
+    images = ImageSet(tmp_path, ("secret.jpg",), None)
+    assert thumbnails(images.paths, preprocess, images) == [(None, "the image cannot be read")]
+
+
+def of(images: ImageSet) -> dict[str, Any]:
+    """A result on ``images``."""
+    r = record(images=len(images), flips=3)
+    r["provenance"]["digests"]["images"] = Manifest.of(images).digest()
+    return r
+
+
+def test_images_are_those_of_the_result_or_are_not_shown(val_folder: Path, tmp_path: Path) -> None:
+    images = open_images(val_folder)
+    shutil.copytree(val_folder, tmp_path / "fake")
+    (tmp_path / "fake" / images.paths[3]).write_bytes((val_folder / images.paths[4]).read_bytes())
+    fake = open_images(tmp_path / "fake")
+    assert fake.paths == images.paths
+    r = of(images)
+    assert judged([r], images)[0].images == images
+    (found,) = judged([r], fake)
+    assert found.images is None
+    for part in (
+        str(fake.root),
+        of(fake)["provenance"]["digests"]["images"][:12],
+        of(images)["provenance"]["digests"]["images"][:12],
+    ):
+        assert part in found.why
+    assert judged([r], None) == [(None, "")]
+
+
+def test_a_result_on_some_of_the_images_has_its_pictures(val_folder: Path) -> None:
+    images = open_images(val_folder)
+    part = images.subset(7)
+    found = judged([of(images), of(part), of(part.take([0]))], images)
+    assert [each.images for each in found[:2]] == [images, part]
+    assert found[2].images is None
+    assert "the 1 of the result" in found[2].why
+
+
+def test_images_are_hashed_once_and_only_for_pictures(val_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, hashed = open_images(val_folder), list[int]()
+    results = [of(images), of(images), record(flips=0)]
+    known = ImageSet.hashes
+    monkeypatch.setattr(ImageSet, "hashes", lambda self: hashed.append(len(self)) or known(self))
+    judged(results, images)
+    judged([record(flips=0)], images)
+    assert hashed == [len(images)]
+
+
+def test_images_that_are_gone_are_said_to_be(val_folder: Path, tmp_path: Path) -> None:
+    r = of(open_images(val_folder))
+    assert judged([r], ImageSet(tmp_path, r["flipped"][0]["path"].split(), None)) == [
+        (None, f"not all of the 1 image in {tmp_path} can be read")
+    ]
 
 
 def test_without_pillow_it_says_how_to_get_it(

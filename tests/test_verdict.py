@@ -14,6 +14,7 @@ from edgeres.files import write_json
 from edgeres.outcomes import Outcomes, beside
 from edgeres.recipe import Budget, load_recipe
 from edgeres.result import measured, result
+from edgeres.statistics import apart, paired, unpaired
 from edgeres.validate import Comparison, Shard
 from edgeres.verdict import LARGE, Accepted, Loss, judge
 
@@ -254,10 +255,10 @@ def test_the_accepted_engine_itself_is_not_worse(tmp_path: Path) -> None:
     assert against(tmp_path / "result.json", other)["verdict"] == "NOT ENOUGH IMAGES"
 
 
-@pytest.mark.parametrize("reason", ["no outcomes", "other images", "images that were skipped"])
+@pytest.mark.parametrize("reason", ["no outcomes", "images that were skipped"])
 def test_otherwise_it_is_compared_by_intervals(tmp_path: Path, reason: str) -> None:
     rows = flips(5000, 200, 100, right=4000)
-    path = accept(tmp_path, rows, "x" * 64 if reason == "other images" else "i" * 64, reason != "no outcomes")
+    path = accept(tmp_path, rows, with_rows=reason != "no outcomes")
     now = rows
     if reason == "images that were skipped":
         now = flips(4999, 200, 100, right=3999)
@@ -268,6 +269,37 @@ def test_otherwise_it_is_compared_by_intervals(tmp_path: Path, reason: str) -> N
     assert "of accepted.json (not image by image)" in judged["reasons"][0]
     assert against(path, now, max_loss=1.0)["verdict"] == "NOT ENOUGH IMAGES"
     assert against(path, flips(5000, 600, 100, right=3800), max_loss=1.0)["verdict"] == "FAIL"
+
+
+def test_on_other_images_what_each_lost_against_fp32_is_compared(tmp_path: Path) -> None:
+    before = flips(20_000, 200, 200, right=16_000)  # top-1 of 81, and nothing lost
+    path = accept(tmp_path, before, "x" * 64)
+    easier = against(path, flips(5000, 150, 0, right=4850), max_loss=1.0)  # top-1 of 97, but 3 points lost
+    assert easier["verdict"] == "FAIL"
+    best, _ = apart(3.0, paired(150, 0, 5000), 0.0, paired(200, 200, 20_000))
+    how = "of other images, by what each lost against FP32"
+    assert easier["reasons"] == [
+        f"drop +3.00, at best {best:+.2f} points: more than max_loss 1 from the 81.00 of accepted.json ({how})"
+    ]
+    assert against(path, flips(5000, 30, 30, right=2500), max_loss=1.0)["verdict"] == "PASS"  # harder, and nothing lost
+    few = against(path, flips(500, 5, 2, right=400), max_loss=1.0)
+    assert few["verdict"] == "NOT ENOUGH IMAGES"
+    needed = few["images_needed"]
+    lost, won = (needed * k / 500 for k in (5, 2))
+    assert 500 < needed < 20_000
+    assert apart(0.6, paired(lost, won, needed), 0.0, paired(200, 200, 20_000))[1] <= 1.0
+    assert apart(0.6, paired(0.9 * lost, 0.9 * won, 0.9 * needed), 0.0, paired(200, 200, 20_000))[1] > 1.0
+
+
+def test_of_the_same_images_without_outcomes_more_of_this_run_would_decide(tmp_path: Path) -> None:
+    path = accept(tmp_path, flips(1000, 20, 0, right=800), with_rows=False)
+    judged = against(path, flips(900, 30, 0, right=720), max_loss=3.0)
+    best, worst = unpaired((800, 1000), (720, 900))
+    assert f"between {best:+.2f} and {worst:+.2f} points: not decided" in judged["reasons"][0]
+    needed, share = judged["images_needed"], 0.8
+    assert needed > 900
+    assert unpaired((800, 1000), (share * needed, needed))[1] <= 3.0
+    assert unpaired((800, 1000), (share * 0.9 * needed, 0.9 * needed))[1] > 3.0
 
 
 def test_outcomes_that_are_not_those_of_the_result_are_refused(tmp_path: Path) -> None:

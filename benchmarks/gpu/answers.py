@@ -16,6 +16,8 @@ def answers(result: dict[str, Any]) -> dict[str, str]:
         found[f"do INT8 convolutions run as INT8 ({target})"] = int8(parts.get(plan_of(target, "v1.5", "int8")))
         found[f"what does the inspector tell ({target})"] = inspector(parts.get(plan_of(target, "v1.5", "int8")))
         found[f"how much faster is INT8 than FP16 ({target})"] = ratios(parts, target)
+    for name in ("calibration", "fidelity"):
+        found[f"is {name} faster on the GPU, and the same"] = same(parts.get(name))
     return found
 
 
@@ -69,6 +71,23 @@ def ratios(parts: dict[str, Outcome], target: str) -> str:
     return "; ".join(said) or "not found out: no two engines were measured"
 
 
+def same(part: Outcome | None) -> str:
+    """How much faster a pass over images is than on the CPU, and how far its numbers are from that one's."""
+    if part is None or len(found := part["record"].get("passes", {})) < 2:
+        return missing(part)
+    (_, first), *others = found.items()
+    said = [f"{name} {other['faster']:.2f}x, {distance(other)}" for name, other in others]
+    return "; ".join([*said, f"the CPU {first['images_per_s']:.0f} images/s"])
+
+
+def distance(found: dict[str, Any]) -> str:
+    """The difference that `same` is about."""
+    if "moved" not in found:
+        return "equal to the last bit" if found["equal"] else f"{found['db'] or 0:.0f} dB"
+    extremes, thresholds = (found[what]["largest"] for what in ("extremes", "thresholds"))
+    return f"{found['moved']:.1e} of values in another bin, extremes within {extremes:.1e}, thresholds {thresholds:.1e}"
+
+
 def line(name: str, part: Outcome) -> str:
     """What a table says of an outcome, in short."""
     record = part["record"]
@@ -92,6 +111,9 @@ def line(name: str, part: Outcome) -> str:
         return f"{record['gmacs']} GMAC; INT8 by {record['calibration']}"
     if "capability" in record:
         return f"{record['version']} on compute capability {record['capability']}"
+    if "passes" in record:
+        speeds = ", ".join(f"{who} {found['images_per_s']:,.0f}" for who, found in record["passes"].items())
+        return f"images/s: {speeds}"
     if "sides" in record:
         return f"{len(record['sides'])} sides, below"
     return "done"

@@ -76,6 +76,9 @@ def parts(limit_s: float) -> list[Part]:
                 again=True,
             )
         )
+    for name in ("calibration", "fidelity"):
+        most = {"most": 25 * more}
+        found.append(Part(name, f"passes:{name}", most, limit=90 * more, least=30, needs=("models v1.5",)))
     found.append(Part("pytest -m gpu", "suite:run", limit=240 * more, least=40))
     for target in TARGETS:
         fp16, name = (plan_of(target, "v1.5", "fp16"),), {"target": target}

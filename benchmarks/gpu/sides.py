@@ -16,6 +16,7 @@ from outcome import Skip
 from roofline import cuda
 
 WARM_UP = 3
+CUDA = "CUDAExecutionProvider"
 
 
 class Side(ABC):
@@ -99,23 +100,35 @@ class TorchSide(Side):
         self.torch.cuda.empty_cache()
 
 
+def session(model: Path | bytes, provider: str = CUDA) -> Any:
+    """``model`` in ONNX Runtime, by ``provider`` and in FP32 that is FP32, not TF32; or why it cannot be."""
+    import onnxruntime
+
+    if provider not in onnxruntime.get_available_providers():
+        raise Skip(f"onnxruntime {onnxruntime.__version__} has no {provider}")
+    if hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # CUDA's libraries, where they are packages of Python
+    options = {"use_tf32": "0"} if provider == CUDA else {}
+    could_not = f"onnxruntime {onnxruntime.__version__} could not start {provider}"
+    try:
+        made = onnxruntime.InferenceSession(model, providers=[(provider, options)])
+    except Exception as error:  # its errors have no class in common
+        raise Skip(f"{could_not}: {' '.join(str(error).split())[:200]}") from error
+    if provider not in made.get_providers():
+        raise Skip(could_not)
+    return made
+
+
 class OrtSide(Side):
     """ONNX Runtime on CUDA. Its own streams cannot be timed from outside: ``compute`` is by the clock on the wall."""
 
-    def __init__(self, path: Path, pixels: np.ndarray, provider: str = "CUDAExecutionProvider") -> None:
+    def __init__(self, path: Path, pixels: np.ndarray, provider: str = CUDA) -> None:
         import onnxruntime
 
         from edgeres import graph
 
-        if provider not in onnxruntime.get_available_providers():
-            raise Skip(f"onnxruntime {onnxruntime.__version__} has no {provider}")
-        if hasattr(onnxruntime, "preload_dlls"):
-            onnxruntime.preload_dlls()  # CUDA's libraries, where they are packages of Python
-        options = {"use_tf32": "0"} if provider.startswith("CUDA") else {}
-        self.session = onnxruntime.InferenceSession(path, providers=[(provider, options)])
-        if provider not in self.session.get_providers():
-            raise Skip(f"onnxruntime {onnxruntime.__version__} could not start {provider}")
-        device = "cuda" if provider.startswith("CUDA") else "cpu"
+        self.session = session(path, provider)
+        device = "cuda" if provider == CUDA else "cpu"
         self.pixels, self.feed = pixels, {graph.INPUT: pixels}
         self.binding = self.session.io_binding()
         self.held = onnxruntime.OrtValue.ortvalue_from_numpy(pixels, device, 0)

@@ -81,6 +81,8 @@ def open_session(
     options.intra_op_num_threads = threads or 0  # 0: one on each physical core, and kept there
     # threads that keep spinning after a run would slow down the other engine of a comparison
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # planned in one piece, the memory of a call comes on top of what its first call took, and gains no time
+    options.enable_mem_pattern = False
     if as_written:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if optimized is not None:
