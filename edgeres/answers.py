@@ -23,7 +23,7 @@ from types import TracebackType
 import numpy as np
 
 from edgeres.errors import BuildError, InputError
-from edgeres.files import digest, read_json, temporary_name, write_json
+from edgeres.files import digest, read_json, temporary_name, write_json, writing
 from edgeres.progress import say
 
 LOGITS, DONE, ABOUT = "logits.f32", "done", "about.json"
@@ -137,16 +137,18 @@ class Answers:
             self.flush()
 
     def _put(self, data: memoryview) -> None:
-        while len(data):  # a full disk takes a part, and the rest is an error
-            data = data[self._logits.write(data) or 0 :]
+        with writing(self.folder / LOGITS):
+            while len(data):  # a full disk takes a part, and the rest is an error
+                data = data[self._logits.write(data) or 0 :]
 
     def flush(self) -> None:
         """Wait until rows are on the disk, then mark their batches."""
         if self._waiting:
-            os.fsync(self._logits.fileno())
-            for batch, state in self._waiting.items():
-                self._done.seek(batch)
-                self._done.write(bytes([state]))
+            with writing(self.folder):
+                os.fsync(self._logits.fileno())
+                for batch, state in self._waiting.items():
+                    self._done.seek(batch)
+                    self._done.write(bytes([state]))
             self._waiting.clear()
         self._synced = time.monotonic()
 

@@ -40,7 +40,7 @@ from edgeres.recipe import ON_DEVICE, Budget, Preprocess, Recipe, from_dict, rea
 from edgeres.runners import open_runner
 from edgeres.sealed import Sealed, write
 from edgeres.signature import require_key
-from edgeres.statistics import paired, unpaired
+from edgeres.statistics import apart, paired
 from edgeres.targets import Target
 from edgeres.trt import Options
 from edgeres.typed import quantize_model, target_of
@@ -349,12 +349,12 @@ def shows(
     if accepted and accepted.outcomes is not None and accepted.record["provenance"]["digests"]["images"] == digest:
         asked[f"max_loss {budget.max_loss:g}"] = budget.max_loss
     elif accepted:
-        record = accepted.record
-        (hits, n), share = (round(record["engine"]["top1"] * record["images"] / 100), record["images"]), images
-        if unpaired((hits, n), (round(hits * share / n), share))[1] > budget.max_loss:
+        drop = accepted.record["drop"]
+        if apart(0.0, paired(0, 0, images), drop["top1"], drop["interval"])[1] > budget.max_loss:
             yield (
-                f"max_loss {budget.max_loss:g} would not be decided: the accepted result is of other images, and is "
-                "compared image by image only with its own; bundle those (--limit all, where it is of the whole set)"
+                f"max_loss {budget.max_loss:g} would hardly be decided: the accepted result is of other images, or has "
+                "no outcomes.npz beside it, and is compared image by image only with its own; bundle those (--limit "
+                "all, where it is of the whole set)"
             )
     for name, allowed in asked.items():
         if images < (needed := enough(allowed)):

@@ -153,7 +153,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     """Read a JSON object; ``what`` names the kind of file in the error."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read {what} {path}", evidence=str(error)) from error
     if not isinstance(value, dict):
         raise InputError(f"{path} is not {what}", evidence=f"it holds a JSON {type(value).__name__}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgeres import result
+from edgeres import result, schema
 from edgeres.data import ImageSet
 from edgeres.errors import InputError
 from edgeres.files import atomic, read_json
@@ -73,14 +73,21 @@ def write_text(path: Path, text: str) -> None:
 def engine_record(folder: Path) -> Record | None:
     """The engine.json in ``folder``, if there is one that can be read."""
     file = folder / "engine.json"
-    return read_json(file, "engine record") if file.is_file() else None
+    if not file.is_file():
+        return None
+    record = read_json(file, "engine record")
+    schema.refuse(schema.wrong(record, schema.ENGINE), f"engine record {file}", "build the engine again")
+    return record
 
 
 def _benchmark(file: Path) -> Record | None:
     """The benchmark record in a file; None if it is something else, or cannot be read."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     form = value.get("format") if isinstance(value, dict) else None
-    return value if isinstance(form, str) and form.startswith("edgeres benchmark") else None
+    if not isinstance(form, str) or not form.startswith("edgeres benchmark"):
+        return None
+    schema.refuse(schema.wrong(value, schema.LATENCY), f"benchmark {file}", "measure again to write it anew")
+    return value

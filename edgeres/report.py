@@ -169,7 +169,16 @@ def intervals(results: list[Record], among: list[Record] | None = None) -> Measu
         top1, top5 = (_ends(c.side.get(f"{key}_interval")) for key in ("top1", "top5"))
         p = probability(c.record["drop"]["p_value"]) if c.engine and c.record["drop"] else ""
         faster = f"{ratio:.2f}x {_ends(ends)}" if ratio and ends else ""
-        rows.append([c.name, top1, f"{c.side['top5']:.2f} {top5}" if top5 else "", p, _ends(c.p50_interval), faster])
+        rows.append(
+            [
+                c.name,
+                top1,
+                f"{c.side['top5']:.2f} {top5}" if top5 and c.side["top5"] is not None else "",
+                p,
+                _ends(c.p50_interval),
+                faster,
+            ]
+        )
     kept = [i for i, column in enumerate(zip(*rows, strict=True)) if i == 0 or any(column[1:])]
     return Measured("", [[cells[i] for i in kept] for cells in rows]) if len(kept) > 1 else None
 

@@ -52,7 +52,7 @@ def run(
     work folder keeps what can be used again: the files, the engine, answers of a test that was cut short. ``seconds``:
     that the engine works for its latency, at least.
     """
-    plan = Plan((1,), seconds=seconds)
+    plan = Plan((1,), seconds=seconds, tail=False)
     bundle = Bundle.open(path, signed_by)
     version = require_fit(bundle, target)
     if output:

@@ -69,6 +69,21 @@ def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
         read([tmp_path])
 
 
+def test_a_damaged_benchmark_or_engine_record_is_refused_with_the_field(tmp_path: Path) -> None:
+    path = save(tmp_path / "a", bare())
+    write_json(tmp_path / "bench.json", {"format": latency()["format"]})
+    with pytest.raises(InputError, match=r"benchmark .*bench\.json is damaged") as error:
+        read([path, tmp_path / "bench.json"])
+    assert "runners" in error.value.evidence
+    write_json(tmp_path / "a" / "engine.json", {"sha256": SHA["int8"], "fusion": "x"})
+    with pytest.raises(InputError, match=r"engine record .*engine\.json is damaged") as error:
+        read([path])
+    assert "fusion" in error.value.evidence
+    (tmp_path / "deep.json").write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(InputError, match=r"cannot read .*deep\.json"):
+        read([tmp_path / "deep.json"])
+
+
 def test_only_what_is_asked_for_is_written_and_images_are_opened_for_a_page_alone(tmp_path: Path) -> None:
     found = [(bare(), None)]
     write(found, for_ci=tmp_path / "j.xml", images=lambda: pytest.fail("opened"))

@@ -330,6 +330,7 @@ def test_what_is_wrong_with_a_result_is_named(
         ),
         (at("latency.runners.INT8.p99", 1e-9), "latency.runners.INT8 is ... whose percentiles lie in its histogram"),
         (at("latency.runners.INT8.histogram.counts", [0, 0]), "latency.runners.INT8 is ... lie in its histogram"),
+        (at("latency.runners.INT8.energy.rails", [1]), "latency.runners.INT8.energy.rails[0] is 1, not text"),
         (at("latency.conditions.warnings", None), "latency.conditions.warnings is null, not list"),
     ],
 )
@@ -458,12 +459,13 @@ def test_a_benchmark_is_looked_at_as_within_a_result() -> None:
 
 def test_a_file_of_lists_in_lists_is_refused(tmp_path: Path) -> None:
     nested: Any = {}
-    for _ in range(400):
+    for _ in range(30):
         nested = {"deeper": nested}
     record = full()
     record["provenance"]["fleet"] = nested
-    with pytest.raises(InputError, match="is damaged"):
+    with pytest.raises(InputError, match="is damaged") as caught:
         load(saved(tmp_path, record))
+    assert caught.value.evidence.endswith("not object, not deep, with lists of one kind")
 
 
 @pytest.mark.parametrize("key", ["images", "precision", "baseline", "drop", "budget", "agreement"])
