@@ -370,7 +370,7 @@ def test_the_command_prints_one_table_and_keeps_the_record(workspace: Path, engi
     done = edgeres("benchmark", engine.path.parent, "--batch", "2,1", "--seconds", "0.01", "-o", "out/latency.json")
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
-    assert lines[0].endswith("on cpu, 32 x 32, batch 2")
+    assert lines[0].endswith("on cpu, 32 x 32, batches 2, 1")
     assert [line.split()[:2] for line in lines[2:6]] == [["2", "FP32"], ["2", "INT8"], ["1", "FP32"], ["1", "INT8"]]
     assert max(map(len, lines[:6])) <= 80
     record = json.loads((workspace / "out" / "latency.json").read_text())

@@ -87,7 +87,7 @@ CELLS = {
 }
 
 
-@pytest.mark.parametrize("images", [300, 1000, 10_000, 50_000])
+@pytest.mark.parametrize("images", [300, 1000, 10_000])
 @pytest.mark.parametrize("cell", CELLS)
 def test_the_interval_of_a_drop_holds_the_true_one_95_times_in_100(images: int, cell: str) -> None:
     found = coverage(images, *CELLS[cell])
