@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import re
 import zipfile
 from collections.abc import Sequence
@@ -55,9 +57,18 @@ class Outcomes:
 
     def save(self, path: Path) -> str:
         """Write as a NumPy archive, whole or not at all -> its SHA-256. The same rows give the same bytes."""
-        with atomic(path) as temporary, open(temporary, "wb") as f:
-            np.savez_compressed(f, **vars(self))
+        with atomic(path) as temporary:
+            temporary.write_bytes(self._packed())
         return sha256_file(path)
+
+    def digest(self) -> str:
+        """SHA-256 of what `save` writes."""
+        return hashlib.sha256(self._packed()).hexdigest()
+
+    def _packed(self) -> bytes:
+        archive = io.BytesIO()
+        np.savez_compressed(archive, **vars(self))
+        return archive.getvalue()
 
     @classmethod
     def load(cls, path: Path, sha256: str) -> Outcomes:

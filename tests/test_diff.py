@@ -87,6 +87,15 @@ def test_accuracy_is_paired_where_the_images_are_the_same(tmp_path: Path) -> Non
     assert diff(a, a)[0]["accuracy"]["change"] == "none"
 
 
+def test_the_same_answers_are_known_by_their_digest(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a", record(), lost=10), write(tmp_path / "b", record(), lost=10)
+    (tmp_path / "b" / "outcomes.npz").unlink()
+    found = diff(a, b)[0]["accuracy"]
+    assert (found["lost"], found["won"], found["change"]) == (0, 0, "none")
+    assert found["interval"] == pytest.approx(paired(0, 0, 10_000))
+    assert found["note"] == "every answer of B is A's to the last bit"
+
+
 def test_only_images_of_both_are_compared(tmp_path: Path) -> None:
     a, b = write(tmp_path / "a", record(), lost=10), record()
     outcomes = rows.flips(10_000, 40, 0, right=9960)
