@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from edgeres.report import Column, benchmarks, columns, groups, labels, reasons, speedup, unstable
+from edgeres.report import Column, benchmarks, columns, groups, labels, latency_notes, reasons, speedup, unstable
 from edgeres.words import NONE, between, count, decibels, megabytes, milliseconds, number, spread
 
 Record = dict[str, Any]
@@ -80,7 +80,7 @@ def latency(*results: Record) -> list[str]:
     record, doubts = results[0]["latency"], unstable(*results)
     seen = [] if doubts else (record.get("conditions") or {}).get("warnings") or []
     lines = [f"latency is **not stable**: {text('; '.join(doubts))}"] if doubts else []
-    return lines + [f"latency: {text(note)}" for note in (*seen, *(record.get("notes") or []))]
+    return lines + [f"latency: {text(note)}" for note in (*seen, *latency_notes(*results))]
 
 
 def _legend(group: list[Record], table: str) -> list[str]:

@@ -207,8 +207,14 @@ def verdicts(results: list[Record]) -> list[Text]:
         of = " and ".join(names)
         if doubts := unstable(*measured):
             lines.append(Text(f"{of} latency is not stable: {'; '.join(doubts)}", style="yellow"))
-        lines += [Text(f"{of} latency note: {note}") for note in measured[0]["latency"].get("notes") or []]
+        lines += [Text(f"{of} latency note: {note}") for note in latency_notes(*measured)]
     return lines
+
+
+def latency_notes(*results: Record) -> list[str]:
+    """Notes of the benchmark that ``results`` share, but for those that a result has as its own."""
+    told = {note for r in results for note in r["notes"]}
+    return [note for note in results[0]["latency"].get("notes") or [] if note not in told]
 
 
 def unstable(*results: Record) -> list[str]:

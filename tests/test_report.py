@@ -13,6 +13,7 @@ from rich.text import Text
 
 from edgeres import result
 from edgeres.files import to_json
+from edgeres.markdown import markdown
 from edgeres.report import (
     checks,
     colors,
@@ -325,3 +326,8 @@ def test_what_a_benchmark_lacks_is_said_once() -> None:
     assert [line for line in told if "FP16 engine" in line] == [
         "FP16 cpu and INT8 cpu latency note: no FP16 engine to compare with"
     ]
+    alone = {**record(latency=shared), "notes": ["no FP16 engine to compare with"]}
+    assert [line for line in plain(verdicts([alone])) if "FP16 engine" in line] == [
+        "INT8 note: no FP16 engine to compare with"
+    ]
+    assert markdown([alone]).count("no FP16 engine to compare with") == 1
