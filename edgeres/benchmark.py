@@ -193,7 +193,7 @@ def measure(
         "runners": records,
         "speedup": faster,
         "sweep": sweep,
-        "left_out": left_out(records),
+        "left_out": left_out(records) if plan.tail else [],
         "conditions": {"before": before, "after": after, "warnings": changes},
         "machine": {**machine.describe(), "affinity": affinity, "threads": threads},
     }

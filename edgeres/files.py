@@ -103,23 +103,35 @@ def alone(path: Path, what: str) -> Iterator[None]:
     if os.name != "posix":
         yield
         return
-    import fcntl
-
     while True:
         handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
         try:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(handle, wait=False)
             except BlockingIOError:
                 say(f"another process {what}: wait for it")
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            except OSError:  # some network file systems have none
-                pass
+                lock(handle, wait=True)
             if _is_at(path, handle):
                 yield
                 return
         finally:
             os.close(handle)  # and with it the lock
+
+
+def lock(handle: int, wait: bool) -> bool:
+    """Lock an open file or folder of a POSIX system, until it is closed, also by death; False where there are no locks.
+
+    Without ``wait`` `BlockingIOError` if another holds it.
+    """
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError:  # some network file systems have none
+        return False
+    return True
 
 
 def _is_at(path: Path, handle: int) -> bool:

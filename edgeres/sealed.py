@@ -25,7 +25,7 @@ from typing import IO
 
 from edgeres import signature
 from edgeres.errors import EdgeresError, InputError
-from edgeres.files import FULL, atomic, sha256_file, temporary_name
+from edgeres.files import FULL, atomic, lock, sha256_file, temporary_name
 
 SUMS, SIGNATURE = "SHA256SUMS", "SHA256SUMS.sig"
 BLOCK = 512
@@ -237,25 +237,13 @@ def _clear(folder: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path, wait: bool) -> Iterator[bool]:
-    """Hold ``folder`` in the block; False where there are no locks. Without ``wait`` `OSError` if another holds it.
-
-    The system lets go of what a killed process held.
-    """
+    """Hold ``folder`` in the block; False where there are no locks. Without ``wait`` `OSError` if another holds it."""
     if os.name != "posix":
         yield False
         return
-    import fcntl
-
     handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            held = True
-        except BlockingIOError:
-            raise
-        except OSError:  # some network file systems have none
-            held = False
-        yield held
+        yield lock(handle, wait)
     finally:
         os.close(handle)
 

@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import argparse
 import math
-import multiprocessing
+import sys
 import tempfile
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import alone, make_model, write_noise
 from peers import IMAGES, SETTINGS, PeerError, environment, make, versions
 from rich.console import Console
 
@@ -30,7 +31,6 @@ from edgeres.baseline import preprocess_of
 from edgeres.files import cache_folder, sha256_file, write_json
 from edgeres.layouts import open_images
 from edgeres.loader import Loader
-from edgeres.recipe import Preprocess
 from edgeres.runners import Runner
 from edgeres.runners.onnxruntime import OnnxRuntimeRunner
 from edgeres.validate import Comparison, compare
@@ -60,7 +60,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, progress.to(Console(stderr=True)):
         folder = Path(name)
         if args.speed:
-            args.model, args.calibration = alone(random_model, folder / "fp32.onnx"), write_noise(folder / "noise")
+            args.model, args.calibration = alone(make_model, folder / "fp32.onnx"), write_noise(folder / "noise")
         result = measure(args, folder)
     show(result)
     if args.json:
@@ -131,36 +131,6 @@ def add_latency(rows: dict[str, Row], runners: dict[str, Runner], pixels: np.nda
         for name, ms in times.items():
             share = float(np.median(ms / times["FP32"]))
             rows[name].setdefault("latency", {})[batch] = {**benchmark.summary(ms, batch), "of_fp32": round(share, 4)}
-
-
-def random_model(path: Path) -> Path:
-    """FP32 ONNX of ResNet-50 v1.5 with random weights at 224: as fast as a trained one."""
-    import torch
-
-    from edgeres.export import export_onnx
-    from edgeres.model import resnet
-
-    torch.manual_seed(0)
-    record = {"variant": "v1.5", "weights": {"source": "random", "sha256": "0" * 64}}
-    graph.save(export_onnx(resnet(50, "v1.5"), Preprocess(), record), path)
-    return path
-
-
-def write_noise(folder: Path, count: int = 32) -> Path:
-    """Images to calibrate random weights on."""
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    (folder / "noise").mkdir(parents=True)
-    for i in range(count):
-        Image.fromarray(rng.integers(0, 256, (256, 256, 3), np.uint8)).save(folder / "noise" / f"{i:02}.png")
-    return folder
-
-
-def alone(function: Callable[..., Any], *args: Any) -> Any:
-    """``function(*args)`` in a fresh process, so that what it loads does not disturb the clock."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
 
 
 def show(result: dict[str, Any]) -> None:
