@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 import threading
 from collections.abc import Callable
@@ -49,7 +50,7 @@ class Driver(ModuleType):
 
     def device(self, number: int) -> Any:
         assert number == 0
-        context = SimpleNamespace(push=lambda: self.stack().append(context), pop=lambda: self.stack().pop())
+        context = Context(self)
 
         def retain() -> Any:
             self.call("cuDevicePrimaryCtxRetain", context=False)
@@ -88,6 +89,20 @@ class Driver(ModuleType):
     def mem_get_info(self) -> tuple[int, int]:
         self.call("cuMemGetInfo")
         return 7, 11
+
+
+class Context:
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+
+    def push(self) -> None:
+        self.driver.stack().append(self)
+
+    def pop(self) -> None:
+        self.driver.stack().pop()
+
+    def __del__(self) -> None:
+        self.driver.log.append("cuCtxDetach")
 
 
 class Memory:
@@ -398,6 +413,27 @@ def test_pycuda_retains_the_primary_context_once_and_lends_it_to_every_thread(mo
     for backend in backends:
         backend.close()
     assert (driver.log.count("cuMemFree"), driver.stack()) == (9, [])
+
+
+def test_the_primary_context_is_never_left_to_pycuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = install(monkeypatch, Driver())
+    open_cuda("tensorrt").close()
+    cuda._primary_context.cache_clear()  # as at the end of the process
+    gc.collect()
+    assert "cuDevicePrimaryCtxRetain" in driver.log
+    assert "cuCtxDetach" not in driver.log
+
+
+def test_cuda_python_without_the_drivers_library_is_no_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = install(monkeypatch, Runtime())
+
+    def lazily(*_: Any) -> Any:
+        raise RuntimeError("Failed to dlopen libcuda.so.1")  # of cuda-bindings 12.8
+
+    monkeypatch.setattr(runtime, "answer", lazily)
+    with pytest.raises(MissingDependency) as error:
+        open_cuda("rtx")
+    assert "cuda-python: Failed to dlopen libcuda.so.1" in error.value.evidence
 
 
 def test_a_context_is_taken_off_the_thread_after_an_error_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,13 @@ import importlib
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 import zipfile
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -126,7 +127,7 @@ def test_without_a_gpu_every_part_is_skipped_with_the_reason(tmp_path: Path, kit
     assert reason[:30] in done.stdout
     assert "parts: 0 ok, 0 failed" in done.stdout
     assert result["machine"]["cores"]
-    assert result["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(result["versions"]["torch"])  # which may add what CUDA it is for
 
 
 @pytest.mark.parametrize(
@@ -186,6 +187,30 @@ def test_a_part_that_takes_too_long_is_ended_with_what_it_started(frame: SimpleN
         time.sleep(0.1)
     else:
         pytest.fail(f"process {pid} is still there")
+
+
+def test_what_cannot_be_killed_does_not_keep_the_other_parts(
+    frame: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children, real, kill = list[Any](), subprocess.Popen, os.killpg
+
+    def popen(*args: Any, **more: Any) -> Any:
+        children.append(real(*args, **more))
+        return children[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    monkeypatch.setattr(frame.check, "ENDING", 0.1)
+    monkeypatch.setattr(os, "killpg", lambda group, number: None)  # as where a driver holds it
+    try:
+        result = frame.run(frame.part("slow", limit=2.0), frame.part("well"))
+        assert children[1].poll() is None
+    finally:
+        for child in children:
+            with suppress(ProcessLookupError):
+                kill(child.pid, signal.SIGKILL)
+            child.wait()
+    assert result["parts"]["slow"]["reason"] == "ended after 2 s, its limit; at sleep"
+    assert result["parts"]["well"]["status"] == "ok"
 
 
 def test_a_crash_after_the_work_keeps_what_was_measured(frame: SimpleNamespace) -> None:
@@ -280,6 +305,19 @@ def test_parts_that_were_ok_are_not_done_again(frame: SimpleNamespace, capsys: p
     assert second["parts"]["late"]["status"] == "ok"
     assert [found["status"] for found in second["parts"].values()] == ["ok", "failed", "failed", "ok"]
     assert capsys.readouterr().err.count("in an earlier run") == 1
+
+
+def test_what_failed_before_and_nothing_needs_is_done_last(
+    frame: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needed, needs = frame.part("crash", "needed"), frame.part("well", "needs", needs=("needed",))
+    first = frame.run(needed, frame.part("complain"), frame.part("hang", limit=2.0), needs)
+    assert [found["status"] for found in first["parts"].values()] == ["failed", "failed", "failed", "skipped"]
+    capsys.readouterr()
+    second = frame.run(needed, frame.part("complain"), frame.part("well", "hang"), needs, frame.part("well", "new"))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.endswith("...")]
+    assert said == ["needed ...", "hang ...", "new ...", "complain ..."]
+    assert list(second["parts"]) == ["needed", "complain", "hang", "needs", "new"]
 
 
 def test_a_failure_has_the_end_of_its_log(frame: SimpleNamespace) -> None:
@@ -720,8 +758,60 @@ def test_a_side_that_takes_too_long_is_left_out(speed: SimpleNamespace) -> None:
     assert time.monotonic() - start < 10
     slow = Made(1.0, np.eye(4), [], "slow")
     slow.compute = lambda: time.sleep(0.02) or 20.0  # type: ignore[method-assign,assignment]
-    found = speed.module.in_turn({"slow": slow}, 60.0, 0.05)  # whatever the time, once
-    assert len(found["slow"]["compute"]) == 1
+    found, broken = speed.module.in_turn({"slow": slow}, 60.0, 0.05)  # whatever the time, once
+    assert (len(found["slow"]["compute"]), broken) == (1, {})
+
+
+def test_a_side_that_breaks_leaves_the_others(
+    speed: SimpleNamespace, kit: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = itertools.cycle([1.0] * 8 + [None])
+
+    def compute(self: Made) -> float:
+        turns.append((speed.work / "under-way").read_text())
+        if self.name == "rtx INT8" and next(answers) is None:
+            raise BuildError("cudaErrorLaunchFailure", evidence="in a later round")
+        return self.ms
+
+    def close(self: Made) -> None:
+        if self.name == "rtx FP16":
+            raise BuildError("cudaFree failed")
+
+    turns = list[str]()
+    monkeypatch.setattr(Made, "compute", compute)
+    monkeypatch.setattr(Made, "close", close)
+    sides = {"PyTorch FP32": ("fp32", 8.0), "rtx INT8": ("int8", 1.0), "rtx FP16": ("fp16", 2.0)}
+    found = speed.measure(sides)
+    assert list(found["sides"]) == ["PyTorch FP32", "rtx FP16"]
+    assert found["skipped"] == {"rtx INT8": "BuildError: cudaErrorLaunchFailure in a later round"}
+    assert (found["checks"].pop("rtx INT8 runs"), found["checks"].pop("rtx FP16 closes")) == (False, False)
+    assert all(found["checks"].values())
+    assert set(turns[-20:]) == {"PyTorch FP32", "rtx FP16"}  # what it is at, if the process dies
+    assert not (speed.work / "under-way").read_text()
+    with pytest.raises(RuntimeError, match="nothing to compare: rtx INT8: BuildError: cudaErrorLaunchFailure"):
+        speed.measure({"rtx INT8": ("int8", 1.0)})
+
+
+@pytest.mark.parametrize("catches", [False, True])
+def test_a_side_is_too_late_also_where_what_it_calls_makes_another_error_of_it(
+    speed: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, catches: bool
+) -> None:
+    monkeypatch.setattr(speed.module, "AGAIN", 0.05)
+    start = time.monotonic()
+
+    def compiled() -> None:
+        try:
+            time.sleep(20)
+        except TimeoutError as error:
+            if not catches:
+                raise RuntimeError("the compiler failed") from error
+        time.sleep(20)
+
+    with pytest.raises(TimeoutError, match=r"not ready after 0.05 s"), speed.module.within(0.05):
+        compiled()
+    with pytest.raises(KeyError), speed.module.within(60.0):  # in time: what it raises is its own
+        raise KeyError
+    assert time.monotonic() - start < 10
 
 
 def test_a_side_that_was_too_slow_elsewhere_is_not_waited_for(
@@ -744,13 +834,18 @@ def test_a_side_that_was_too_slow_elsewhere_is_not_waited_for(
 def test_what_takes_longest_to_open_comes_last_and_others_keep_their_order(
     speed: SimpleNamespace, kit: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sides = {"PyTorch FP32": ("fp32", 8.0), "PyTorch FP16, compiled": ("fp16", 3.0), "rtx FP16": ("fp16", 2.0)}
+    sides = {"PyTorch FP32": ("fp32", 8.0), "PyTorch FP16, compiled": ("fp16", 3.0), "rtx FP32": ("fp32", 2.0)}
+    sides |= {"rtx FP16": ("fp16", 2.0), "rtx INT8": ("int8", 1.0)}
     opened, real = list[str](), speed.module.under_way
     monkeypatch.setattr(speed.module, "under_way", lambda work, what="": (opened.append(what), real(work, what)))
-    assert list(speed.measure(sides)["sides"]) == list(sides)
-    assert opened == ["PyTorch FP32", "rtx FP16", "PyTorch FP16, compiled", ""]
+    found = speed.measure(sides)["sides"]
+    assert list(found) == list(sides)
+    assert opened[:5] == ["PyTorch FP32", "rtx FP16", "rtx INT8", "rtx FP32", "PyTorch FP16, compiled"]
+    assert all(0 <= side["opened_s"] < 5 for side in found.values())
     monkeypatch.setenv(kit("outcome").UNTIL, str(time.time() - 1))
-    with pytest.raises(kit("outcome").Skip, match="nothing to compare: PyTorch FP32: no time; rtx FP16: no time"):
+    with pytest.raises(
+        kit("outcome").Skip, match="nothing to compare: PyTorch FP32: no time; rtx FP16: no time; rtx INT8"
+    ):
         speed.measure(sides)
 
 
@@ -804,7 +899,7 @@ def test_passes_elsewhere_are_timed_and_their_numbers_compared(
     kit: Callable[[str], Any], models: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     passes = kit("passes")
-    found = getattr(passes, what)(models, "cpu", "CPUExecutionProvider", batch=2)
+    found = getattr(passes, what)(models, "cpu", "CPUExecutionProvider", most=600.0, batch=2)
     assert list(found["passes"]) == ["CPU", "PyTorch", "ONNX Runtime"]
     assert (found["images"], found["rounds"], found["skipped"]) == (2 * (passes.BATCHES - 1), passes.ROUNDS, {})
     assert len(found["checks"]) == {"calibration": 10, "fidelity": 2}[what]
@@ -913,9 +1008,36 @@ def test_an_engine_is_built_run_and_judged(kit: Callable[[str], Any], models: Pa
     found = kit("plans").make(models, "cpu", "v1.5", precision)
     assert all(found["checks"].values())
     assert found["usable"]
+    assert 0 < found["first_logits_s"] < 60
     assert found["same_answer"] > 0.9
     assert found["size_bytes"] > 0
     assert (kit("plans").folder_of(models, "cpu", "v1.5", precision) / "engine.json").exists()
+
+
+def test_an_engine_that_cannot_be_looked_into_is_of_use(
+    kit: Callable[[str], Any], models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgeres.runners.tensorrt import TensorRt
+
+    def built(onnx: Path, folder: Path, target: str, settings: Any) -> Any:
+        try:
+            TensorRt("tensorrt-rtx").examine(folder / "engine.plan")
+        except BuildError as error:
+            notes.append(error.cause)
+        runner = SimpleNamespace(infer=lambda pixels: single)
+        record = {"build_seconds": 1.0, "size_bytes": 2, "fusion": {"notes": notes}}
+        return SimpleNamespace(record=record, open=lambda: nullcontext(runner))
+
+    plans, notes = kit("plans"), list[str]()
+    with np.load(models / "models" / "v1.5.npz") as kept:
+        single = kept["fp32"]
+    monkeypatch.setattr(TensorRt, "examine", lambda self, path: pytest.fail("looked into"))
+    monkeypatch.setattr(plans.build, "build", built)
+    found = plans.make(models, "rtx", "v1.5", "fp32", without=["build, and a look into the engine"])
+    assert (found["usable"], found["inspector"]) == (True, {"summary": ["a process died over it"]})
+    with pytest.raises(kit("outcome").Skip, match="does not run"):
+        plans.make(models, "rtx", "v1.5", "fp32", without=[plans.RUN])
+    assert all(part.again for part in kit("parts").parts(480) if part.call == "plans:make")
 
 
 def test_logits_are_judged_by_precision(kit: Callable[[str], Any]) -> None:
@@ -969,6 +1091,32 @@ def test_tensorrt_rtx_that_does_not_know_a_gpu_is_skipped_with_what_it_says(
         plans.start(tmp_path, "tensorrt-rtx")
 
 
+def test_tensorrt_rtx_that_does_not_build_for_a_gpu_is_skipped_with_what_it_says(
+    kit: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    plans, real = kit("plans"), kit("plans").trt.build_plan
+
+    def build(library: Any, onnx: bytes, precision: str, options: Any) -> Any:
+        if not options.capabilities:
+            raise BuildError("TensorRT-RTX cannot start", evidence="Unsupported SM: 0x900")
+        return real(library, onnx, precision, options)
+
+    monkeypatch.setattr(plans.trt, "build_plan", build)
+    monkeypatch.setattr(plans, "open_cuda", lambda extra: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(plans, "TRIED", ("8.6",))
+    monkeypatch.setattr(devices, "gpus", lambda: [devices.Gpu("Made Up", "9.0", 1 << 30, False)])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(
+        kit("outcome").Skip, match=r"compute capability 9.0: no plan; built for: {'8.6': 'INVALID"
+    ) as skip:
+        plans.start(tmp_path, "tensorrt-rtx")
+    assert "Unsupported SM: 0x900" in str(skip.value)
+    monkeypatch.setattr(devices, "gpus", lambda: [devices.Gpu("Made Up", "8.9", 1 << 30, False)])
+    with pytest.raises(BuildError):  # for one that it should know
+        plans.start(tmp_path, "tensorrt-rtx")
+
+
 def test_tensorrt_rtx_is_tried_also_where_it_calls_a_plan_not_valid(
     kit: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -982,8 +1130,10 @@ def test_tensorrt_rtx_is_tried_also_where_it_calls_a_plan_not_valid(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     found = plans.start(tmp_path, "tensorrt-rtx")
     assert (found["validity"], found["checks"]) == ("INVALID", {"a small plan computes what it should": True})
+    assert found["usable"]  # also if the process then dies
     answer = 3.0
-    assert not all(plans.start(tmp_path, "tensorrt-rtx")["checks"].values())
+    found = plans.start(tmp_path, "tensorrt-rtx")
+    assert (found["usable"], *found["checks"].values()) == (False, False)
 
 
 def test_a_plan_is_shown_as_its_inspector_tells_it(kit: Callable[[str], Any]) -> None:

@@ -879,8 +879,8 @@ def test_layers_are_told_for_the_usual_batch_unless_another_is_set(bench: Bench)
     assert bench.cuda.freed[:3] == ["context", "engine", "runtime"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "{}", '{"Layers": []}', '{"Layers": [1]}'])
-def test_layers_that_are_not_told_are_an_error(bench: Bench, text: str) -> None:
+@pytest.mark.parametrize("text", [None, "", "{", "{}", '{"Layers": []}', '{"Layers": [1]}'])
+def test_layers_that_are_not_told_are_an_error(bench: Bench, text: str | None) -> None:
     tell(bench, text)
     with bench.open() as runner:
         with pytest.raises(BuildError, match="does not tell the plan's layers") as error:

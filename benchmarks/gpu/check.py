@@ -34,8 +34,11 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 FORMAT = "edgeres gpu check 1"
 UNFINISHED = "unfinished"
+ENDED = "ended after"
 LOGGED = 6000
 """Characters of a log that are kept of a part that failed."""
+ENDING = 10.0
+"""Seconds that a process which was killed has to be gone."""
 
 
 def main() -> None:
@@ -101,12 +104,13 @@ def check(
             **{key: seen.get(key) for key in ("machine", "conditions", "versions")},
             "failed": [{"part": name, "reason": o["reason"]} for name, o in everything if o["status"] == FAILED],
             "skipped": [{"part": name, "reason": why} for name, o in done.items() for why in skips(o)],
-            "parts": done,
+            "parts": {part.name: done[part.name] for part in todo if part.name in done},
         }
         return {**result, "answers": answers(result)}
 
-    for part in todo:
-        if not stop and (earlier := done_before(part, work)):
+    for part in in_order(todo, work):
+        earlier = before(part, work)
+        if not stop and earlier and earlier["status"] == OK:
             done[part.name] = earlier
             say(f"{part.name}: ok in an earlier run")
             continue
@@ -127,12 +131,26 @@ def check(
     return record(finished=True)
 
 
-def done_before(part: Part, work: Path) -> Outcome | None:
-    """What an earlier run left of ``part`` in ``work``, if it was ok."""
+def before(part: Part, work: Path) -> Outcome | None:
+    """What an earlier run left of ``part`` in ``work``."""
     with suppress(OSError, ValueError):
-        found: Outcome = json.loads(kept(work, part.name).read_text(encoding="utf-8"))
-        return found if found["status"] == OK else None
+        return dict(json.loads(kept(work, part.name).read_text(encoding="utf-8")))
     return None
+
+
+def in_order(todo: list[Part], work: Path) -> list[Part]:
+    """``todo``, but last what failed in an earlier run and nothing needs: it may well fail again.
+
+    What had no time, or was interrupted, keeps its place.
+    """
+    needed = {name for part in todo for name in part.needs}
+
+    def failed(part: Part) -> bool:
+        found = before(part, work)
+        reason = found["reason"] if found and found["status"] == FAILED else ""
+        return part.name not in needed and bool(reason) and not reason.startswith(ENDED)
+
+    return sorted(todo, key=failed)
 
 
 def unmet(part: Part, done: dict[str, Outcome]) -> str:
@@ -188,7 +206,7 @@ def alone(part: Part, work: Path, env: dict[str, str], limit: float) -> Outcome:
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else outcome(FAILED)
     over = at.read_text(encoding="utf-8") if at.exists() else ""
     if code != 0:
-        how = f"ended after {limit:.0f} s, its limit" if code is None else f"died: {named(code)}"
+        how = f"{ENDED} {limit:.0f} s, its limit" if code is None else f"died: {named(code)}"
         found["status"] = FAILED
         found["reason"] = "; ".join(filter(None, (how, over and f"at {over}", found["reason"], tail(log))))
         found["died_over"] = over
@@ -201,7 +219,8 @@ def end(child: subprocess.Popen[Any]) -> None:
     """Kill ``child`` and all that it started, as far as any of it is left."""
     with suppress(ProcessLookupError, PermissionError):  # the second, on macOS, of what has ended
         os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+    with suppress(subprocess.TimeoutExpired):  # one that a driver holds stays: the other parts need not wait for it
+        child.wait(ENDING)
 
 
 def named(code: int) -> str:

@@ -51,6 +51,7 @@ def parts(limit_s: float) -> list[Part]:
                 limit=120 * more,
                 least=20,
                 needs=(f"models {variant}", f"{target} starts"),
+                again=True,
             )
             for target in TARGETS
             for precision in PRECISIONS

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import nets
 import numpy as np
@@ -14,11 +17,11 @@ from parts import BATCHES, PRECISIONS, plan_of
 
 from edgeres import build, devices, engine_layers, trt
 from edgeres.benchmark import Plan, measure
-from edgeres.errors import EdgeresError
+from edgeres.errors import BuildError, EdgeresError
 from edgeres.fidelity import decibels, squares
 from edgeres.fusion import audit
 from edgeres.runners.cuda import open_cuda
-from edgeres.runners.tensorrt import TensorRtRunner
+from edgeres.runners.tensorrt import TensorRt, TensorRtRunner
 from edgeres.targets import load_target
 
 LEAST_DB = {"fp32": 80.0, "fp16": 50.0}
@@ -31,6 +34,7 @@ NAMED = {"8.6", "8.9", "12.0", "12.1"}
 TRIED = ("8.0", "8.6", "8.9", "12.0")
 """Compute capabilities that plans are built for where the usual plan is not valid, to see which would be."""
 SHOWN = 3
+RUN = "run"
 
 
 def folder_of(work: Path, target: str, variant: str, precision: str) -> Path:
@@ -54,6 +58,21 @@ def start(work: Path, executor: str) -> dict[str, Any]:
     open_cuda(trt.EXECUTORS[executor][1]).close()  # where CUDA itself does not work, no plan would
     if not trt.strongly_typed(library):
         raise Skip(f"{executor} {library.__version__} takes precision from flags; the kit is for TensorRT 10 and later")
+    try:
+        found = ran(work, executor, library, record)
+    except EdgeresError as error:
+        if not trt.ahead_of_time(library) or record.get("validity", "INVALID") != "INVALID" or gpu.capability in NAMED:
+            raise
+        tried = record.get("validity_built_for") or {name: validity(library, name) for name in TRIED}
+        told = "no plan" if "validity" not in record else f"validity INVALID, diagnostics {record['diagnostics']}"
+        what = f"{executor} {library.__version__} {NOT_HERE} {gpu.capability}: {told}; built for: {tried}; "
+        raise Skip(what + " ".join(str(error).split())) from error
+    right = bool(np.allclose(found, 27.0, rtol=1e-3))
+    return {**record, "usable": right, "checks": {"a small plan computes what it should": right}}
+
+
+def ran(work: Path, executor: str, library: Any, record: dict[str, Any]) -> np.ndarray:
+    """Logits of two images of ones, of a plan that is built here. ``record`` gets what the library thinks of it."""
     under_way(work, "build")
     plan = work / f"{executor}.plan"
     plan.write_bytes(trt.build_plan(library, small(), "fp32", trt.Options(profile=(1, 1, 2))).plan)
@@ -64,17 +83,8 @@ def start(work: Path, executor: str) -> dict[str, Any]:
             record["validity_built_for"] = {name: validity(library, name) for name in TRIED}
     # also what is not valid is run: that is how it is found out
     under_way(work, f"run, validity {record.get('validity', 'not known')}")
-    try:
-        with TensorRtRunner(plan, executor) as runner:
-            found = runner.infer(np.ones((2, 3, 8, 8), np.float32))
-    except EdgeresError as error:
-        if record.get("validity") != "INVALID" or gpu.capability in NAMED:
-            raise
-        told = f"validity INVALID, diagnostics {record['diagnostics']}; built for: {record['validity_built_for']}; "
-        what = f"{executor} {library.__version__} {NOT_HERE} {gpu.capability}: "
-        raise Skip(what + told + " ".join(str(error).split())) from error
-    record["checks"] = {"a small plan computes what it should": bool(np.allclose(found, 27.0, rtol=1e-3))}
-    return record
+    with TensorRtRunner(plan, executor) as runner:
+        return runner.infer(np.ones((2, 3, 8, 8), np.float32))
 
 
 def judged(library: Any, plan: bytes) -> dict[str, Any]:
@@ -112,19 +122,32 @@ def small() -> bytes:
     return bytes(model.SerializeToString())
 
 
-def make(work: Path, target: str, variant: str, precision: str) -> dict[str, Any]:
-    """Build, load, run, compare with ONNX Runtime on the CPU, and look at what became of the graph."""
+def make(
+    work: Path, target: str, variant: str, precision: str, without: tuple[str, ...] | list[str] = ()
+) -> dict[str, Any]:
+    """Build, load, run, compare with ONNX Runtime on the CPU, and look at what became of the graph.
+
+    ``without``: what it died over. An engine that cannot be looked into can be of use.
+    """
+    if RUN in without:
+        raise Skip("nothing can be done with an engine that does not run")
     onnx, folder = nets.onnx_file(work, variant, precision), folder_of(work, target, variant, precision)
     shutil.rmtree(folder, ignore_errors=True)
     profile = [BATCHES[0], 8, BATCHES[-1]]
-    under_way(work, "build")
-    engine = build.build(onnx, folder, target, load_target(target, precision, build={"profile": profile}))
-    under_way(work, "run")
-    with np.load(work / "models" / f"{variant}.npz") as kept, engine.open() as runner:
-        single, simulated = kept["fp32"], kept["int8"]
-        found = runner.infer(kept["pixels"])
+    under_way(work, "build, and a look into the engine")
+    died = mock.patch.object(TensorRt, "examine", side_effect=BuildError("a process died over it"))
+    with died if without else nullcontext():
+        engine = build.build(onnx, folder, target, load_target(target, precision, build={"profile": profile}))
+    under_way(work, RUN)
+    with np.load(work / "models" / f"{variant}.npz") as kept:
+        pixels, single, simulated = kept["pixels"], kept["fp32"], kept["int8"]
+    start = time.perf_counter()
+    with engine.open() as runner:
+        found = runner.infer(pixels)
+        ready = time.perf_counter() - start
     record = {
         "usable": True,
+        "first_logits_s": ready,
         "build_s": engine.record["build_seconds"],
         "size_bytes": engine.record["size_bytes"],
         "profile": profile,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import signal
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ COMPILED = "PyTorch FP16, compiled"
 LATE = "not ready after"
 OPENING = 2.5
 """Times ``most`` that opening all sides may take."""
+AGAIN = 5.0
+"""Seconds after which a block that is late is told so again: code that it called may have caught the first."""
 CALLS = 5
 """Per turn, clock and side: the first of them may find the GPU's caches full of the side before."""
 ROUNDS = 4
@@ -83,34 +87,45 @@ def measure(
     skipped = {**slow(work, batch), **dict.fromkeys(without, "died")}
     until = time.monotonic() + min(OPENING * most, 0.6 * left())
     sides: dict[str, Side] = {}
+    opening: dict[str, float] = {}
     checks: dict[str, bool] = {}
     try:
-        for name in sorted(wanted, key=lambda name: name == COMPILED):
+        for name in sorted(wanted, key=lambda name: urgency(name, wanted[name][0])):
             if name in skipped:
                 continue
             under_way(work, name)
+            start = time.monotonic()
             try:
-                with within(min(most, until - time.monotonic())):
+                with within(min(most, until - start)):
                     sides[name] = opened(wanted[name][1])
+                opening[name] = time.monotonic() - start
             except (Skip, TimeoutError, MissingDependency) as reason:
                 skipped[name] = " ".join(str(reason).split())[:200]
             except Exception as error:  # compilers and drivers raise whatever they like
-                skipped[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                skipped[name] = said(error)
                 if name.startswith(tuple(TARGETS)):
                     checks[f"{name} opens"] = False
-        under_way(work)
-        if not sides:
-            raise Skip("nothing to compare: " + "; ".join(f"{name}: {why}" for name, why in skipped.items()))
         sides = {name: sides[name] for name in wanted if name in sides}
-        times = in_turn(sides, seconds, min(most, 0.7 * left()))
-        logits = {name: side.logits for name, side in sides.items()}
+        times, broken = in_turn(sides, seconds, min(most, 0.7 * left()), partial(under_way, work))
+        logits = {name: sides[name].logits for name in times}
     finally:
-        for side in sides.values():
-            side.close()
-    precisions = {name: wanted[name][0] for name in sides}
+        under_way(work)
+        for name, side in sides.items():
+            try:
+                side.close()
+            except Exception:  # what was measured is kept
+                traceback.print_exc()
+                checks[f"{name} closes"] = False
+    skipped |= broken
+    checks |= {f"{name} runs": False for name in broken}
+    if not times:
+        what = "nothing to compare: " + "; ".join(f"{name}: {why}" for name, why in skipped.items())
+        raise RuntimeError(what) if broken else Skip(what)
+    precisions = {name: wanted[name][0] for name in times}
     rows = {
         name: {
             "precision": precisions[name],
+            "opened_s": opening[name],
             **row(found, batch, floor_ms(model["layers"], batch, precisions[name], rates)),
         }
         for name, found in times.items()
@@ -126,6 +141,11 @@ def measure(
     }
 
 
+def urgency(name: str, precision: str) -> int:
+    """What is opened first, as time may run out: the lowest. FP32 matters least, but for the side of comparison."""
+    return 2 if name == COMPILED else 1 if precision == "fp32" and name != FIRST else 0
+
+
 def slow(work: Path, batch: int) -> dict[str, str]:
     """Which sides were too slow to open at other batch sizes, and why."""
     others = [record_of(work, f"speed at batch {other}") for other in BATCHES if other != batch]
@@ -138,14 +158,21 @@ def within(seconds: float) -> Iterator[None]:
     """Raise `TimeoutError` where the block is after ``seconds``: a compiler may take minutes."""
     if seconds <= 0:
         raise TimeoutError("no time")
+    what, told = f"{LATE} {seconds:.3g} s", False
 
     def late(*_: Any) -> None:
-        raise TimeoutError(f"{LATE} {seconds:.3g} s")
+        nonlocal told
+        told = True
+        raise TimeoutError(what)
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
     try:
         yield
+    except Exception as error:
+        if told and not isinstance(error, TimeoutError):  # PyTorch makes an error of its own of it
+            raise TimeoutError(what) from error
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -167,22 +194,40 @@ Times = dict[str, list[list[float]]]
 """Clock ("compute", "whole") -> milliseconds of each call of each round."""
 
 
-def in_turn(sides: Mapping[str, Side], seconds: float, most: float) -> dict[str, Times]:
-    """Rounds in which each side has its turn, until each has worked for ``seconds``; one at least, ``most`` seconds."""
+def in_turn(
+    sides: Mapping[str, Side], seconds: float, most: float, note: Callable[[str], None] = lambda name: None
+) -> tuple[dict[str, Times], dict[str, str]]:
+    """Rounds in which each side has its turn, until each has worked for ``seconds``; one at least, ``most`` seconds.
+
+    Also those that broke, and over what: the others go on. ``note`` gets whose turn it is.
+    """
     until = time.monotonic() + most
     times: dict[str, Times] = {name: {"compute": [], "whole": []} for name in sides}
+    broken: dict[str, str] = {}
     spent, rounds = dict.fromkeys(sides, 0.0), -1
-    while rounds < 1 or (time.monotonic() < until and (rounds < ROUNDS or min(spent.values()) < seconds)):
-        for name, side in sides.items():
+    while spent and (rounds < 1 or (time.monotonic() < until and (rounds < ROUNDS or min(spent.values()) < seconds))):
+        for name in list(spent):
+            note(name)
             start = time.perf_counter()
-            for clock in ("compute", "whole"):
-                call = getattr(side, clock)
-                taken = [call() for _ in range(CALLS)]
-                if rounds >= 0:
-                    times[name][clock].append(taken)
+            try:
+                for clock in ("compute", "whole"):
+                    call = getattr(sides[name], clock)
+                    taken = [call() for _ in range(CALLS)]
+                    if rounds >= 0:
+                        times[name][clock].append(taken)
+            except Exception as error:  # drivers raise whatever they like
+                traceback.print_exc()
+                broken[name] = said(error)
+                del times[name], spent[name]
+                continue
             spent[name] += (time.perf_counter() - start) * (rounds >= 0)
         rounds += 1
-    return times
+    return times, broken
+
+
+def said(error: Exception) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def row(times: Times, batch: int, floor: dict[str, float]) -> dict[str, Any]:

@@ -188,7 +188,10 @@ class CudaPython(Cuda):
             self._runtime: Any = importlib.import_module("cuda.bindings.runtime")  # from 12.8 on
         except ImportError:
             self._runtime = importlib.import_module("cuda.cudart")
-        self._call("cudaSetDevice", 0)
+        try:
+            self._call("cudaSetDevice", 0)
+        except RuntimeError as error:  # up to 12.8, where the driver's library is not
+            raise ImportError(f"cuda-python: {error}") from error
 
     def _call(self, name: str, *args: Any) -> Any:
         """Call ``name``, which answers with an error code and its results, of which the first counts here."""
@@ -306,7 +309,10 @@ def _primary_context(driver: Any) -> Any:
     Giving it back with other users around would leave it on PyCUDA's stack of contexts, or destroy what they hold.
     """
     driver.init()
-    return driver.Device(0).retain_primary_context()
+    context = driver.Device(0).retain_primary_context()
+    # not even at the end: PyCUDA would take leave of it as of one that it made (cuCtxDetach), which is an error
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(context))
+    return context
 
 
 def _failed(call: str, what: str) -> BuildError:

@@ -185,7 +185,7 @@ class TensorRtRunner(Runner):
                 text = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
                 del inspector  # it holds the engine, and an error below would hold it
         try:
-            return raw_layers(json.loads(text, strict=False), "what TensorRT tells of this plan")
+            return raw_layers(json.loads(text or "", strict=False), "what TensorRT tells of this plan")
         except (ValueError, InputError) as error:  # 9.0 writes broken JSON (trex, known issues)
             raise BuildError("TensorRT does not tell the plan's layers", evidence=str(error)) from error
 
