@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import edgeres
-from edgeres import devices, engine_layers, graph, trt
+from edgeres import devices, engine_layers, graph, schema, trt
 from edgeres.errors import BuildError, InputError, MissingDependency, StaleError
 from edgeres.files import atomic, cache_folder, read_json, sha256_file, write_json
 from edgeres.fusion import Fusion, audit
 from edgeres.progress import busy, say
-from edgeres.recipe import Preprocess
+from edgeres.recipe import ON_DEVICE, Preprocess
 from edgeres.runners import Runner, executor, open_runner
 from edgeres.targets import Target
 
 FORMAT = "edgeres engine 1"
 RECORD = "engine.json"
+LISTED = "model.txt"
+"""Beside an engine for which TensorRT calibrated by itself: the manifest of the images."""
 COPIED = (
     "depth",
     "variant",
@@ -65,9 +67,10 @@ class Engine:
                 evidence=f"without {', '.join(missing)}",
                 hint="build the engine again",
             )
+        schema.refuse(schema.wrong(record, schema.ENGINE), f"engine record {folder / RECORD}", "build the engine again")
         engine = cls(folder / Path(record["file"]).name, record)
         size = engine.path.stat().st_size if engine.path.is_file() else None
-        if size is not None and size < record.get("size_bytes", 0):
+        if size is not None and size < (record.get("size_bytes") or 0):
             raise StaleError(
                 f"{engine.path} is cut short",
                 evidence=f"{size:,} of {record['size_bytes']:,} bytes",
@@ -105,17 +108,18 @@ class Engine:
     def check_version(self, version: str) -> None:
         """Raise `StaleError` if this plan does not load in ``version`` of its executor.
 
-        It loads in the one that built it; if version-compatible, also in later ones of the same major version
-        (TensorRT documentation, "Version compatibility").
+        It loads in the one that built it; if version-compatible, also in later ones, up to those of `READERS`.
         """
         built = self.record["built_with"][self.record["executor"]]
         compatible = self.record.get("options", {}).get("version_compatible")
-        later = _numbers(version) >= _numbers(built) and _numbers(version)[0] == _numbers(built)[0]
+        (old, *_), (new, *_) = _numbers(built), _numbers(version)
+        later = _numbers(version) >= _numbers(built) and new <= READERS.get(old, old)
         if version != built and not (compatible and later):
+            serves = self.record["executor"] == "tensorrt" and later and not compatible
             raise StaleError(
                 f"{self.path} is for {self.record['executor']} {built}",
                 evidence=f"here is {self.record['executor']} {version}",
-                hint=self._again + ("" if compatible else "; --build version_compatible=true serves later ones too"),
+                hint=self._again + ("; --build version_compatible=true serves later ones too" if serves else ""),
             )
 
     def check_gpu(self, gpus: list[devices.Gpu] | None = None) -> None:
@@ -129,6 +133,13 @@ class Engine:
         if not gpus or name not in trt.EXECUTORS:
             return
         gpu, on = gpus[0], self.record["built_with"].get("gpu")
+        machine = self.record["built_with"].get("machine")
+        if name == "tensorrt" and machine not in (None, platform.machine()):  # "Engine Portability", support matrix
+            raise StaleError(
+                f"{self.path} is for {machine}",
+                evidence=f"this is {platform.machine()}; no setting makes a plan run on both",
+                hint=self._again,
+            )
         if name == "tensorrt-rtx":
             wanted = ", ".join(options.get("capabilities") or []) or PORTABLE
         elif on is None:
@@ -171,6 +182,9 @@ class Typed:
         return cls(path, made, digest, counts.get("Conv", 0) - head, counts.get("Add", 0))
 
 
+READERS = {8: 10, 9: 10, 10: 11}
+"""Major version of TensorRT -> the newest that takes its version-compatible plans: "Version Compatibility" in the
+documentation of 10.16.1, "Engine Compatibility" in that of 11.1."""
 PORTABLE = "8.0 or later"
 """What a plan for Ampere and newer runs on, and what TensorRT-RTX builds for unless told."""
 
@@ -187,7 +201,7 @@ def installed(name: str, target: Target, elsewhere: str) -> str:
     try:
         version = executor(target.executor).version()
     except MissingDependency as error:
-        if target.capability is None:
+        if target.executor != "tensorrt" or (target.capability is None and devices.gpus()):
             raise
         raise BuildError(
             f"no engine for {name} can be built here", evidence=str(error.cause), hint=elsewhere
@@ -235,6 +249,7 @@ def build(
         plan, fusion = _plan(path, typed, target, calibration)
         options = {k: v for k, v in asdict(plan.options).items() if k != "timing_cache"}
         more = {"asked": target.asked, "options": options, "notes": plan.notes, "on_gpu": plan.on_gpu}
+        more["warnings"] = plan.warnings
         built_with |= _here()
     else:
         try:
@@ -266,6 +281,10 @@ def build(
         "built_with": built_with,
         "build_seconds": round(time.perf_counter() - start, 3),
     }
+    listed, beside = typed.path.with_suffix(".txt"), folder / LISTED
+    own = made.get("quantization", {}).get("method") in ON_DEVICE
+    if own and listed.is_file() and listed.resolve() != beside.resolve():
+        shutil.copyfile(listed, beside)
     write_json(folder / RECORD, record)
     return Engine(path, record)
 

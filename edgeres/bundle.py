@@ -170,6 +170,8 @@ def make(
     say(f"wrote {job.show(path)}: {len(packed):,} of {whole:,} images, {size / 1e6:.1f} MB")
     say(f"digest {sealed}{f', signed by {signer}' if signer else ', not signed'}")
     notes = list(shows(job.recipe.budget, accepted, len(packed), whole, top1, asked))
+    if not target_of(job).runs_edgeres:
+        notes.append("JetPack 5 has a Python too old for a self-test: `edgeres quantize` prints the trtexec call")
     for note in notes:
         say(f"note: {note}")
     return {
@@ -241,7 +243,7 @@ def _answers(job: Job, fp32: Path, typed: Typed, images: Pack, digest: str) -> A
     answers = Answers(job.root / "engines" / "out" / "answers", about)
     try:
         with open_runner(fp32, "onnxruntime") as runner:
-            network = Network("the FP32 baseline", runner, answers)
+            network = Network(validate.BASELINE, runner, answers)
             validate.answer([network], images, images.preprocess, validate.grid(about.images, BATCH), skip_bad=False)
         answers.flush()
     except BaseException:

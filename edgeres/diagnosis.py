@@ -38,6 +38,7 @@ JETPACKS = (
 )
 BOARDS = {
     "agx orin": "jetson-agx-orin",
+    "igx orin": "jetson-agx-orin",  # the same module (Linux: tegra234-p3740-0002+p3701-0008.dts)
     "orin nx": "jetson-orin-nx",
     "orin nano": "jetson-orin-nano",
     "thor": "jetson-agx-thor",
@@ -256,9 +257,12 @@ def _old_driver(executor: str, facts: Facts) -> Obstacle | None:
 
 
 def _rtx_platform(facts: Facts) -> Obstacle | None:
-    if facts.machine.lower() in ("x86_64", "amd64") and facts.system in ("Linux", "Windows"):
+    """Where pip has it. 64-bit Arm came with 1.6, for DGX Spark and servers (its release notes)."""
+    x86 = facts.machine.lower() in ("x86_64", "amd64") and facts.system in ("Linux", "Windows")
+    arm = facts.machine.lower() in ("aarch64", "arm64") and facts.system == "Linux" and not facts.jetson
+    if x86 or arm:
         return None
-    return Obstacle("only for Linux and Windows on x86-64", ELSEWHERE)
+    return Obstacle("only for Linux and for Windows on x86-64, and not for Jetson", ELSEWHERE)
 
 
 def _no_cores(facts: Facts) -> Obstacle | None:

@@ -60,7 +60,9 @@ class Facts:
 
 def gather(root: Path = devices.ROOT) -> Facts:
     """Look at this machine. Imports what may be installed and yet not load; not PyTorch, which takes long."""
-    here, jetson, gpus = machine.describe(), devices.jetson(root), tuple(devices.gpus())
+    here, gpus = machine.describe(), tuple(devices.gpus())
+    # an IGX that uses a discrete GPU is like a server ("GPU Configurations" in the user guide of IGX Orin)
+    jetson = None if gpus and not gpus[0].integrated else devices.jetson(root)
     packages = {name: Package(_version(name)) for name in ("numpy", "torch", "openvino")}
     packages["onnx"] = _package(["onnx"], "onnx")
     packages["onnxruntime"] = _package(["onnxruntime"], "onnxruntime", "onnxruntime-gpu")

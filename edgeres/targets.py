@@ -44,6 +44,11 @@ class Target:
         return int(self.tensorrt.split(".")[0]) if self.tensorrt else None
 
     @property
+    def runs_edgeres(self) -> bool:
+        """Whether there is a Python for edgeres: JetPack 5, with TensorRT 8.5, has 3.8 (NVIDIA's JetPack archive)."""
+        return self.capability is None or not (self.tensorrt or "").startswith("8.5.")
+
+    @property
     def typed(self) -> bool:
         """Whether FP16 is in the graph. TensorRT 8 has flags for it, and FP32 scales only; DLA needs them up to 10."""
         return self.major is None or self.major >= (11 if self.dla else 10)

@@ -3,7 +3,9 @@ from __future__ import annotations
 import io
 import json
 import platform
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from rich.console import Console
 
 import edgeres
 from edgeres import graph, progress
-from edgeres.build import RECORD, Engine, Typed, build, up_to_date
+from edgeres.build import LISTED, RECORD, Engine, Typed, build, up_to_date
 from edgeres.calibrate import calibrate
 from edgeres.cli import cli
 from edgeres.devices import Gpu
@@ -49,6 +51,21 @@ def typed(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 @pytest.fixture
 def engine(typed: dict[str, Path], tmp_path: Path) -> Engine:
     return build(typed["int8"], tmp_path / "engine", "cpu", load_target("cpu"))
+
+
+@pytest.mark.parametrize("method", ["tensorrt-entropy", "mse"])
+def test_the_list_of_images_that_tensorrt_calibrates_on_goes_with_the_engine(
+    typed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = replace(Typed.read(typed["int8"]), path=tmp_path / "model.onnx")
+    shutil.copyfile(typed["int8"], model.path)
+    (tmp_path / "model.txt").write_text("a.png\t0\t00\n")
+    model.made["quantization"] = {"method": method}
+    for folder in (tmp_path / "elsewhere", Path(".")):
+        build(model, folder, "cpu", load_target("cpu"))
+    assert (tmp_path / "elsewhere" / LISTED).is_file() == (method != "mse")
+    assert (tmp_path / LISTED).read_text() == "a.png\t0\t00\n"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
@@ -167,7 +184,8 @@ def plan(executor: str = "tensorrt", **options: object) -> Engine:
         ("10.3.1", True, True),
         ("10.13.3.9", True, True),
         ("10.2.0", True, False),
-        ("11.0.0", True, False),
+        ("11.4.0.106", True, True),
+        ("12.0.0", True, False),
         ("8.6.1", True, False),
     ],
 )
@@ -181,6 +199,23 @@ def test_a_plan_is_for_its_version_or_later_ones_if_built_so(version: str, compa
     assert version in caught.value.evidence
     assert "edgeres build-engine --precision int8 --target jetson-agx-orin" in caught.value.hint
     assert ("version_compatible" in caught.value.hint) is not compatible
+
+
+def test_a_plan_is_for_one_kind_of_machine_whatever_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, gpus = plan(hardware="ampere-plus"), [Gpu("Orin", "8.7", 1, True)]
+    engine.record["built_with"]["machine"] = "x86_64"
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    engine.check_gpu(gpus)
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    with pytest.raises(StaleError, match=r"engine\.plan is for x86_64\nthis is aarch64"):
+        engine.check_gpu(gpus)
+
+
+def test_what_would_not_help_is_not_advised() -> None:
+    for engine, version in ((plan(), "10.2.0"), (plan(), "12.0.0"), (plan("tensorrt-rtx"), "1.8.0.1")):
+        with pytest.raises(StaleError) as caught:
+            engine.check_version(version)
+        assert "version_compatible" not in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -254,6 +289,14 @@ def test_a_record_that_is_no_json_object_is_refused(engine: Engine, text: str) -
 def test_a_record_that_lacks_what_loading_needs_is_damaged(engine: Engine, key: str) -> None:
     record = {k: v for k, v in engine.record.items() if k != key}
     (engine.path.parent / RECORD).write_text(json.dumps(record))
+    with pytest.raises(InputError, match="is damaged") as caught:
+        Engine.load(engine.path.parent)
+    assert key in caught.value.evidence
+
+
+@pytest.mark.parametrize(("key", "value"), [("size_bytes", "much"), ("options", [1]), ("made_from", None)])
+def test_a_record_with_a_field_of_another_kind_is_damaged(engine: Engine, key: str, value: Any) -> None:
+    (engine.path.parent / RECORD).write_text(json.dumps({**engine.record, key: value}))
     with pytest.raises(InputError, match="is damaged") as caught:
         Engine.load(engine.path.parent)
     assert key in caught.value.evidence

@@ -205,6 +205,12 @@ def test_implicit_int8_has_its_calibration_cache_with_it(make: Make) -> None:
     assert opened.target.asked == opened.manifest["build"]
 
 
+@pytest.mark.parametrize(("tensorrt", "told"), [("8.5.2", True), ("8.6.2", False), (None, False)])
+def test_a_device_whose_python_is_too_old_for_the_test_is_told_of(make: Make, tensorrt: str | None, told: bool) -> None:
+    job = make(engine__precision="fp16", engine__target="jetson-agx-orin", engine__tensorrt=tensorrt)
+    assert any("JetPack 5" in note for note in bundle.make(job)["notes"]) == told
+
+
 def test_an_accepted_result_and_its_outcomes_travel(make: Make, tmp_path: Path) -> None:
     job = make()
     pipeline.validate_engines(job, [pipeline.ensure_engine(job)])

@@ -43,8 +43,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
     return machine
 
 
-def run(model: Path, *arguments: str, code: int = 0) -> Any:
-    result = CliRunner().invoke(cli, ["build-engine", "--model", str(model), "--method", "minmax", *arguments])
+def run(model: Path, *arguments: str, code: int = 0, command: str = "build-engine") -> Any:
+    result = CliRunner().invoke(cli, [command, "--model", str(model), "--method", "minmax", *arguments])
     assert result.exit_code == code, result.output
     return result
 
@@ -73,6 +73,7 @@ def test_the_graph_fits_the_tensorrt_that_is_here(
         "integrated": True
     }
     assert ("table" in record["made_from"]) == (precision == "int8")
+    assert record["warnings"] == []
 
 
 def test_what_is_there_is_built_again_only_for_a_reason(
@@ -126,7 +127,8 @@ def test_a_jetsons_engine_is_built_on_the_jetson(
     result = run(tiny_path, "--target", "jetson-agx-orin", code=1)
     assert "jetson-agx-orin is for compute capability 8.7" in result.stderr
     assert "RTX 4090 here has 8.9" in result.stderr
-    assert "`edgeres quantize --target jetson-agx-orin` works here" in result.stderr
+    for command in ("bundle", "quantize"):
+        assert f"`edgeres {command} --target jetson-agx-orin --precision int8`" in result.stderr
 
     def missing(_: Any) -> str:
         raise MissingDependency("this needs the package 'tensorrt'", hint='pip install "edgeres[tensorrt]"')
@@ -136,6 +138,13 @@ def test_a_jetsons_engine_is_built_on_the_jetson(
     assert "this command belongs on the device" in result.stderr
     assert "pip install" not in result.stderr
     assert "pip install" in run(tiny_path, "--target", "desktop", code=1).stderr
+    monkeypatch.setattr(devices, "gpus", list)
+    result = run(tiny_path, "--target", "desktop", "--precision", "fp16", code=1)  # gigabytes that would not start
+    assert "pip install" not in result.stderr
+    assert "`edgeres bundle --target desktop --precision fp16`" in result.stderr
+    result = run(tiny_path, "--target", "jetson-xavier-nx", code=1)  # its Python is too old for a self-test
+    assert "bundle" not in result.stderr
+    assert "`edgeres quantize --target jetson-xavier-nx --precision int8`" in result.stderr
     assert not list(workspace.rglob("*.onnx"))
 
 
@@ -161,6 +170,22 @@ def test_tensorrt_may_calibrate_by_itself(workspace: Path, tiny_path: Path, inst
     assert less["quantization"]["images"] == 8
     assert less["quantization"]["images_digest"] != made["quantization"]["images_digest"]
     assert not list(workspace.rglob("*.cache"))
+
+
+def test_trtexec_is_given_what_a_build_is(workspace: Path, tiny_path: Path) -> None:
+    asked = ["--target", "jetson-agx-orin", "--build", "level=5", "--build", "profile=2,2,2"]
+    result = run(tiny_path, *asked, command="quantize")
+    assert "--builderOptimizationLevel=5" in result.stderr
+    assert "--maxShapes=input:2x3" in result.stderr
+    assert "alone" not in result.stderr
+
+
+def test_trtexec_is_not_left_to_calibrate_on_noise(workspace: Path, tiny_path: Path) -> None:
+    asked = ["--target", "desktop-implicit", "--tensorrt", "10.3.0"]
+    result = run(tiny_path, *asked, command="quantize")
+    assert "--calib=model.cache" in result.stderr
+    assert "with TensorRT 10.3.0 alone: another skips the cache" in result.stderr
+    assert "trtexec" not in run(tiny_path, *asked, "--method", "tensorrt-entropy", command="quantize").stderr
 
 
 @pytest.mark.parametrize(

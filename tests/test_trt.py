@@ -348,6 +348,28 @@ def test_less_and_less_while_memory_runs_short(version: str, message: str, said:
     ]
 
 
+def test_what_tensorrt_warns_of_is_told_and_kept(said: list[str]) -> None:
+    lib = fake("10.3.0")
+    words = ["Weights had values that FP16 clips.", "Layers run on the GPU.\nThey are slow there."]
+
+    def warn(*_: Any) -> Any:
+        for severity, message in (
+            ("INFO", "fine"),
+            ("WARNING", words[0]),
+            ("WARNING", words[1]),
+            ("WARNING", words[0]),
+        ):
+            lib.say(severity, message)
+        return lib.make("IHostMemory")
+
+    lib.script["Builder.build_serialized_network"] = warn
+    built = build(lib, b"onnx", "fp16", Options())
+    assert (built.warnings, built.notes) == (words, [])
+    assert said == [f"TensorRT 10.3.0 warns: {words[0]} (and 1 more, see engine.json)"]
+    assert build(fake("10.3.0"), b"onnx", "fp16", Options()).warnings == []
+    assert len(said) == 1
+
+
 def test_the_first_that_fits_ends_it(said: list[str]) -> None:
     lib = fake("10.3.0")
     left = [NO_MEMORY, NO_MEMORY]

@@ -82,10 +82,14 @@ def logger(trt: Any) -> Any:
             if int(severity) <= int(trt.ILogger.Severity.WARNING) and not any(h in message for h in HARMLESS):
                 self.said.append((int(severity), message.strip()))
 
-        def errors(self, least: str = "ERROR") -> str:
+        def messages(self, least: str = "ERROR") -> list[str]:
             """What was said at ``least`` so severely, each once, oldest first."""
             level = int(getattr(trt.ILogger.Severity, least))
-            return "\n".join(dict.fromkeys(message for severity, message in self.said if severity <= level))
+            return list(dict.fromkeys(message for severity, message in self.said if severity <= level))
+
+        def errors(self, least: str = "ERROR") -> str:
+            """`messages` as one text."""
+            return "\n".join(self.messages(least))
 
     return Log()
 

@@ -52,7 +52,7 @@ class Built:
 
     ``options`` made it: less than was asked for where memory ran short. ``notes`` say what else a record should keep,
     and the user was told. ``on_gpu`` names layers that DLA does not run. ``calibration_cache`` holds the scales of
-    implicit INT8.
+    implicit INT8. ``warnings``: what TensorRT found worth one, in its words; the user was told the first.
     """
 
     plan: bytes
@@ -60,6 +60,7 @@ class Built:
     notes: list[str]
     on_gpu: list[str]
     calibration_cache: bytes | None
+    warnings: list[str]
 
 
 class OutOfMemory(BuildError):
@@ -159,7 +160,12 @@ def build_plan(
         _note(notes, *_unscaled(parts.log))
     if timings:
         _save_timing_cache(parts.config, timings)
-    return Built(bytes(plan), options, notes, on_gpu, serving.cache if serving is not None else None)
+    warnings = parts.log.messages("WARNING")
+    noted = serving is not None  # tensors without a scale
+    if told := [words for words in warnings if not (noted and UNSCALED.search(words))]:
+        more = f" (and {len(told) - 1} more, see engine.json)" if len(told) > 1 else ""
+        say(f"{title(trt)} warns: {told[0]}{more}")
+    return Built(bytes(plan), options, notes, on_gpu, serving.cache if serving is not None else None, warnings)
 
 
 def _note(notes: list[str], *lines: str) -> None:

@@ -51,6 +51,8 @@ def weakly_typed(trt: Any, options: Options, calibration: Calibration | None) ->
 def configure(parts: Parts, precision: str, options: Options, weak: bool) -> None:
     """Set everything that does not depend on the network."""
     trt, config = parts.trt, parts.config
+    if options.version_compatible and ahead_of_time(trt):  # has the flag; "Engine Compatibility" in its documentation
+        raise UsageError(f"{title(trt)} has no version-compatible plans", hint="build again for each of its releases")
     flags = {
         "TF32": options.tf32,
         "VERSION_COMPATIBLE": options.version_compatible,
