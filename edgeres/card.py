@@ -219,7 +219,9 @@ def _recipe(r: Record, engine: Record | None) -> str | None:
     }
     blocks = []
     for section, values in sections.items():
-        lines = [f"{key} = {json.dumps(value)}\n" for key, value in values.items() if value is not None]
+        # TOML has no halves of a character, which JSON in ASCII writes
+        said = {key: json.dumps(value, ensure_ascii=False) for key, value in values.items() if value is not None}
+        lines = [f"{key} = {value}\n" for key, value in said.items()]
         if lines:
             blocks.append(f"[{section}]\n" * bool(section) + "".join(lines))
     return "\n".join(blocks)

@@ -64,16 +64,14 @@ def show(show: Any, results: tuple[Path, ...], html: Path | None, markdown: Path
 
 
 def _images(recipe: Any, found: list[tuple[dict[str, Any], dict[str, Any] | None]]) -> Any:
-    """The images that a page may show; None where those of the workspace are not on this machine."""
+    """Draws the images that a page may show; None where those of the workspace are not on this machine."""
     from edgeres.layouts import open_images
 
     section, asked = recipe.validation, click.get_current_context().meta.get("flags", {}).get("validation", {})
     if section.images is None or ("images" not in asked and not Path(section.images).exists()):
         return None
-    # drawn and numbered as for the validation
     classes = next((engine.get("classes") for _, engine in found if engine), None)
-    images = open_images(section.images, section.labels, classes)
-    return images.subset(max(record["images_of"] for record, _ in found), recipe.seed)
+    return functools.partial(open_images(section.images, section.labels, classes).subset, seed=recipe.seed)
 
 
 @command()
@@ -124,8 +122,9 @@ def check(show: Any, source: str, against: str | None) -> None:
     from edgeres import datacheck
     from edgeres.layouts import open_images
 
-    images = open_images(source, job().recipe.validation.labels)
-    report = datacheck.check(images, open_images(against) if against else None)
+    recipe = job().recipe
+    images = open_images(source, recipe.validation.labels)
+    report = datacheck.check(images, open_images(against) if against else None, recipe.model.classes)
     show(report, datacheck.table(report))
     if report["unreadable"] or report["overlap"] or report["labels_out_of_range"]:
         click.get_current_context().exit(1)

@@ -6,7 +6,6 @@ What happens on a device is in device.sh. A device that fails has its line in th
 from __future__ import annotations
 
 import contextvars
-import os
 import queue
 import re
 import shutil
@@ -31,7 +30,7 @@ from edgeres.files import digest, require_writable, sha256_file, write_json
 from edgeres.outcomes import beside
 from edgeres.progress import say
 from edgeres.ssh import Device, LostConnection, Stopped, client, sockets
-from edgeres.wheels import Python, Wheels, name_of
+from edgeres.wheels import Python, Wheels, name_of, platforms
 
 Record = dict[str, Any]
 AT_A_TIME = 16
@@ -309,13 +308,13 @@ def _lacking(wheels: Wheels, python: Python) -> Iterator[None]:
         if not missing:
             raise
         names = " ".join(sorted(missing | wheels.lacking(python)))
+        where = " ".join(f"--platform {platform}" for platform in platforms(python))
         major, minor = python.version
         raise EdgeresError(
             f"the device lacks {', '.join(sorted(missing))}, and found no package index with it",
             evidence=error.evidence,
             hint=f"get wheels here, and give them with --wheels wheels: pip download -d wheels --only-binary :all: "
-            f"--python-version {major}.{minor} --platform manylinux_2_28_{python.machine} "
-            f"--platform manylinux2014_{python.machine} {names}",
+            f"--python-version {major}.{minor} {where} {names}",
         ) from error
 
 
@@ -324,8 +323,7 @@ def _bring_home(device: Device, folder: Path, failed: EdgeresError | None) -> Re
     if isinstance(failed, LostConnection):
         raise failed
     folder.mkdir(parents=True, exist_ok=True)
-    new = folder / f".{os.getpid()}.tmp"
-    new.mkdir()
+    new = Path(tempfile.mkdtemp(".tmp", ".", folder))
     try:
         with tempfile.TemporaryFile() as data:
             device.step("fetch", stdout=data)

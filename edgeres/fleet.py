@@ -258,13 +258,15 @@ def work(version: str, common: bytes, own: bytes, first: int, models: Sequence[A
     return pickle.dumps(part)
 
 
-_opened: dict[tuple[str, int], Runner] = {}
-"""What this process has loaded, by digest and threads: a worker runs many tasks of one question."""
+_opened: dict[tuple[str, str, int], Runner] = {}
+"""What this process has loaded, by executor, digest and threads: a worker runs many tasks of one question."""
 
 
 def _open(question: Question, content: Callable[[int], Any], threads: int) -> list[Runner]:
     """Runners of the FP32 model and of each engine; ``content`` gives the bytes of the i-th."""
-    keys = [(digest, threads) for digest in (question.network, *(e.record["sha256"] for e in question.engines))]
+    # two executors may run the same file, as in FP32
+    files = [(engine.record["executor"], engine.record["sha256"]) for engine in question.engines]
+    keys = [(*file, threads) for file in (("onnxruntime", question.network), *files)]
     for key in set(_opened) - set(keys):
         _opened.pop(key).close()
     for i, (key, engine) in enumerate(zip(keys, (None, *question.engines), strict=True)):

@@ -101,7 +101,7 @@ def _engine(path: Path, times: dict[str, float] | None) -> tuple[dict[str, Any],
         raise StaleError(f"{beside} is of another engine", hint="build this one again, or delete the file")
     raw, measured, *numbers = engine_layers.read_kept(kept, str(beside))
     found = audit(raw, str(record.get("precision", lowest(raw))), times or measured, *numbers)
-    del shown["fusion"]
+    shown.pop("fusion", None)
     return {**record, "audit": found.to_json()}, Trimmed(_record(title, shown), Text(), fused("fused to", found))
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 from rich.text import Text
 
-from edgeres.tables import Trimmed
+from edgeres.tables import Measured, Trimmed
 
 PERCENTILES = {"p50": 500, "p90": 900, "p95": 950, "p99": 990, "p99.9": 999}
 """Name -> how many of 1,000 samples lie at or below it."""
@@ -199,37 +199,37 @@ def table(record: dict[str, Any]) -> Trimmed:
     )
 
 
-def aligned(columns: dict[str, list[str]]) -> Table:
-    """A table without lines, from heading -> cells; closer where that makes it fit 80 columns."""
-    widths = [max(map(len, (heading, *cells))) for heading, cells in columns.items()]
-    gap = 2 if sum(widths) + 2 * (len(widths) - 1) <= 80 else 1
-    out = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0))
-    for i, heading in enumerate(columns):
-        out.add_column(heading, justify="right" if i else "left", no_wrap=True)
-    for cells in zip(*columns.values(), strict=True):
-        out.add_row(*cells)
-    return out
+def aligned(columns: dict[str, list[str]]) -> Measured:
+    """A table of numbers, from heading -> cells; the first column has the names."""
+    rows: list[Sequence[str]] = [[*columns], *zip(*columns.values(), strict=True)]
+    return Measured("", rows)
 
 
 def _columns(record: dict[str, Any]) -> dict[str, list[str]]:
     """Heading -> a cell per runner, and per runner and further batch of a sweep; without columns that say nothing."""
     runners, speedups = record["runners"], record["speedup"]
     rows: list[dict[str, str]] = []
+    digits = max((len(str(point["batch"])) for point in record["sweep"]), default=0)
+
+    def called(batch: int, name: str) -> dict[str, str]:
+        return {"batch": f"{batch:<{digits}}  {name}"} if digits else {"": name}
+
     for name, r in runners.items():
-        row = {"": name, "p50 ms": _ms(r["p50"]), "95% interval": _ends(r["intervals"].get("p50"))}
+        row = called(record["batch"], name)
+        row |= {"p50 ms": _ms(r["p50"]), "95% interval": _ends(r["intervals"].get("p50"))}
         row |= {heading: _ms(r[heading]) for heading in ("p99", "p99.9")}
         row["images/s"] = _per_second(r["images_per_second"])
         if s := speedups.get(name):
             row |= {"faster": f"{s['of_p50']:.2f}x", "interval": _ends(s["interval"], "{:.2f}")}
         if r["energy"]:
             row["J/image"] = f"{r['energy']['joules_per_image']:.3g}"
-        rows.append({"batch": str(record["batch"]), **row} if record["sweep"] else row)
+        rows.append(row)
     for point in record["sweep"]:
         if point["batch"] == record["batch"]:
             continue
         first = next(iter(point["runners"].values()))["p50"]
         for name, r in point["runners"].items():
-            row = {"batch": str(point["batch"]), "": name, "p50 ms": _ms(r["p50"])}
+            row = {**called(point["batch"], name), "p50 ms": _ms(r["p50"])}
             row["images/s"] = _per_second(r["images_per_second"])
             if name in speedups and first and r["p50"]:
                 row["faster"] = f"{first / r['p50']:.2f}x"

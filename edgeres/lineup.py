@@ -86,15 +86,21 @@ def names(entries: list[Entry]) -> list[str]:
         found = [name(entry) for entry in entries]
         if len(set(found)) == len(found):
             return found
-    raise UsageError("an engine is named twice", evidence=", ".join(found))
+    hint = "name each engine once; those of one kind lie in folders of different names"
+    raise UsageError("an engine is named twice, or two have one name", evidence=", ".join(found), hint=hint)
+
+
+def refuse_twins(engines: list[Engine]) -> None:
+    """Raise `UsageError` for engines that `run` could not tell apart."""
+    names([_entry(engine) for engine in engines])
 
 
 def run(job: Job, engines: list[Engine], plan: Plan) -> dict[str, Any]:
     """The benchmark record of ``engines`` and their `lineup`, on random pixels.
 
     Without batches in ``plan`` it is at the fixed batch of an engine that has one, else at 1. The streams of a CPU
-    executor have a session each, with its share of the cores; those of a GPU share one. ``sources`` tell the folder or
-    model of each runner.
+    executor have a session each, with its share of the cores; those of a GPU share one. Of each runner ``sources`` tell
+    the folder or model, ``kinds`` what it computes in, ``targets`` for what.
     """
     if not plan.batches:
         plan = replace(plan, batches=(next((b for e in engines if (b := e.record.get("batch"))), 1),))
@@ -123,26 +129,35 @@ def run(job: Job, engines: list[Engine], plan: Plan) -> dict[str, Any]:
     first = engines[0].record
     known = f"resnet{first['depth']} {first['variant'] or ''}".strip() if first.get("depth") else ""
     where = " and ".join(dict.fromkeys(entry.target for entry in entries))
-    sources = {name: entry.folder for name, entry in called.items()}
     return {
         **record,
-        "sources": sources,
+        "sources": {name: entry.folder for name, entry in called.items()},
+        "kinds": {name: entry.kind for name, entry in called.items()},
+        "targets": {name: entry.target for name, entry in called.items()},
         "title": f"{known or engines[0].path.parent.name} on {where}, {size} x {size}",
         "notes": notes,
     }
 
 
-def of_baseline(record: dict[str, Any] | None) -> dict[str, Any] | None:
-    """p50, p90 and p99 of the first runner of what `run` gives, which is FP32 where there is one."""
-    return in_short(record, next(iter(record["runners"]))) if record else None
+def of_baseline(record: dict[str, Any] | None, engine: Engine) -> dict[str, Any]:
+    """What a result says of the latency of FP32 on the target of ``engine``: its name in what `run` gives, and times.
+
+    They are None where FP32 was not measured there.
+    """
+    return _side(record, kinds="FP32", targets=engine.record["target"])
 
 
-def of_engine(record: dict[str, Any] | None, engine: Engine) -> dict[str, Any] | None:
+def of_engine(record: dict[str, Any] | None, engine: Engine) -> dict[str, Any]:
     """The same of ``engine``."""
-    names = [
-        name for name, folder in (record or {"sources": {}})["sources"].items() if folder == engine.path.parent.name
-    ]
-    return in_short(record, names[0]) if record and names else None
+    return _side(record, kinds=kind(engine), targets=engine.record["target"], sources=engine.path.parent.name)
+
+
+def _side(record: dict[str, Any] | None, **wanted: str) -> dict[str, Any]:
+    if record:
+        for name in record["runners"]:
+            if all(record[key][name] == value for key, value in wanted.items()):
+                return {"name": name, "latency_ms": in_short(record, name)}
+    return {"latency_ms": None}
 
 
 def random_pixels(images: int, preprocess: Preprocess, seed: int = 0) -> np.ndarray:

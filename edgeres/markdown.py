@@ -35,7 +35,7 @@ def _table(group: list[Record], among: list[Record]) -> str:
     for c in columns(group, among):
         r, drop = c.record, c.record["drop"] if c.engine else None
         ratio, ends = speedup(r) if c.engine else (None, None)
-        verdict = r["verdict"] or "no budget"
+        verdict = r["verdict"] or ("not judged" if r["shard"] else "no budget")
         rows.append(
             [
                 text(c.name),
@@ -67,6 +67,9 @@ def _lines(group: list[Record], names: list[str]) -> list[str]:
     lines = []
     for name, r in zip(names, group, strict=True):
         lines += [f"- {text(name)}: {text(reason)}" for reason in reasons(r)]
+        if r["shard"]:
+            part = f"shard {r['shard']['index']} of {r['shard']['of']}: a part of the images is not judged"
+            lines.append(f"- {text(name)}: {part}")
         if r["skipped"]:
             lines.append(f"- {text(name)}: {count(len(r['skipped']), 'unreadable image')} left out")
         lines += [f"- {text(name)}: {text(note)}" for note in r["notes"]]
@@ -87,7 +90,7 @@ def _legend(group: list[Record], table: str) -> list[str]:
     """What is to be known of a table of ``group``, if anything is."""
     said = [
         "95% intervals in brackets" if any(r["engine"]["top1_interval"] for r in group) else "",
-        "" if any(r["verdict"] for r in group) else "No budget was set, so nothing was judged",
+        "" if any(r["verdict"] or r["shard"] for r in group) else "No budget was set, so nothing was judged",
         "" if all(r["labels"] for r in group) else "The images have no labels, so accuracy was not measured",
         f"{NONE}: not measured" if NONE in table else "",
     ]

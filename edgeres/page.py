@@ -7,10 +7,9 @@ from typing import Any
 
 from edgeres import panels
 from edgeres.charts import Axis, apart
-from edgeres.data import ImageSet
 from edgeres.errors import need
 from edgeres.report import Column, benchmarks, columns, labels, reasons, speedup, unstable
-from edgeres.thumbnails import judged
+from edgeres.thumbnails import Draw, judged
 from edgeres.words import NONE, between, count, decibels, megabytes, milliseconds, number, probability
 
 Record = dict[str, Any]
@@ -28,8 +27,11 @@ VERDICTS = {
 """Word -> its style, and the sign beside it: color alone says nothing to some. The worst comes first."""
 
 
-def page(results: list[Record], engines: Sequence[Record | None] = (), images: ImageSet | None = None) -> str:
-    """The page for ``results``. ``engines`` are the engine.json of each, where known; ``images`` gives thumbnails."""
+def page(results: list[Record], engines: Sequence[Record | None] = (), images: Draw | None = None) -> str:
+    """The page for ``results``.
+
+    ``engines``: the engine.json of each, where known. ``images`` draws those for thumbnails.
+    """
     jinja = need("jinja2", "report")
     environment = jinja.Environment(
         loader=jinja.PackageLoader("edgeres", "templates"),
@@ -42,7 +44,7 @@ def page(results: list[Record], engines: Sequence[Record | None] = (), images: I
     return str(text).strip() + "\n"
 
 
-def content(results: list[Record], engines: Sequence[Record | None] = (), images: ImageSet | None = None) -> Record:
+def content(results: list[Record], engines: Sequence[Record | None] = (), images: Draw | None = None) -> Record:
     """Everything that the page says, in the order and the words in which it says it."""
     names = labels(results)
     sides = columns(results)

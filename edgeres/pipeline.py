@@ -13,7 +13,7 @@ from edgeres.baseline import ensure_model, preprocess_of
 from edgeres.benchmark import Plan
 from edgeres.data import ImageSet, Manifest
 from edgeres.errors import InputError, StaleError, UsageError
-from edgeres.files import write_json
+from edgeres.files import require_writable, write_json
 from edgeres.fleet import Fleet
 from edgeres.job import BATCH, Job
 from edgeres.layouts import open_images
@@ -45,7 +45,11 @@ def run(job: Job, precisions: tuple[str, ...]) -> list[dict[str, Any]]:
 def ensure_engine(job: Job, output: Path | None = None) -> build.Engine:
     """The engine for the recipe's precision and target, with everything it is made from."""
     name, target = job.recipe.engine.target, target_of(job)
-    there = f"`edgeres quantize --target {name}` works here; this command belongs on the device"
+    same = f"--target {name} --precision {job.recipe.engine.precision}"
+    there = "this command belongs on the device, where `edgeres doctor` says what is missing;\n"
+    if target.runs_edgeres:
+        there += f"here `edgeres bundle {same}` packs what `edgeres selftest` builds and judges there, and\n"
+    there += f"`edgeres quantize {same}` writes the graph and prints the trtexec call"
     version = build.installed(name, target, there)  # before the minutes that the rest takes
     if target.executor == "tensorrt" and job.recipe.engine.tensorrt is None:
         job = job.with_engine(tensorrt=version)  # the graph is to fit the TensorRT that is here
@@ -93,7 +97,14 @@ def validate_engines(
     A run that was cut short goes on. A ``shard`` is neither timed nor judged; `merge` makes one result of all of them.
     A ``fleet`` of machines gives the result that this one would have given, and is not timed.
     """
-    refuse_overwriting(job, [_result_file(engine.path.parent, shard) for engine in engines])
+    files = [_result_file(engine.path.parent, shard) for engine in engines]
+    refuse_overwriting(job, files)
+    for file in files:
+        require_writable(
+            file, "results lie beside the engine: copy its folder to a disk where you may write, with room"
+        )
+    if timed := shard is None and fleet is None:
+        lineup.refuse_twins(engines)
     fp32 = ensure_model(job)
     model = graph.load(fp32)
     record = graph.normal_form(model, fp32)
@@ -108,7 +119,7 @@ def validate_engines(
     found = fleet.find(question) if fleet else _find(job, question, shard)
     for place in sorted({place for rows in found.rows for place in rows.skipped.tolist()}):
         say(f"skipped {images.paths[place]}: {found.bad.get(place, validate.UNREADABLE)}")
-    times = lineup.run(job, engines, Plan(tail=False)) if shard is None and fleet is None else None
+    times = lineup.run(job, engines, Plan(tail=False)) if timed else None
     digests = {"model": network, "images": found.digest, "weights": record["weights"]}
     notes = [f"{found.copies:,} of {len(images):,} images are {COPIES}"] if found.copies else []
     results = []
@@ -120,8 +131,8 @@ def validate_engines(
             measured(rows, images.paths.__getitem__, dict(enumerate(images.classes)).get),
             verdict.judge(job.recipe.budget, accepted[i], rows, digests["images"], whole=shard is None),
             [
-                {"latency_ms": lineup.of_baseline(times), "size_bytes": fp32.stat().st_size},
-                {"latency_ms": lineup.of_engine(times, engine), "size_bytes": engine.record["size_bytes"]},
+                {**lineup.of_baseline(times, engine), "size_bytes": fp32.stat().st_size},
+                {**lineup.of_engine(times, engine), "size_bytes": engine.record["size_bytes"]},
             ],
             [*(path for path, _ in images.left_out), *(images.paths[place] for place in rows.skipped)],
             {**digests, "outcomes": rows.save(beside(path))},
@@ -229,7 +240,8 @@ def _about(baseline: About, engine: build.Engine, shard: Shard | None) -> About:
 
 def calibrated_on(job: Job, engines: list[build.Engine]) -> dict[str, frozenset[str]]:
     """The images that the engines were calibrated on: by the list's path, their SHA-256 digests."""
-    # TensorRT's own calibrators make no table: their images are listed beside the graph
-    lists = {path for path in (job.manifest, *(e.path.with_name("model.txt") for e in engines)) if path.is_file()}
+    # TensorRT's own calibrators make no table: their images are listed beside the engine
+    own = [e.path for e in engines if e.record.get("quantization", {}).get("method") in ON_DEVICE]
+    lists = {path for path in (job.manifest, *(path.with_name(build.LISTED) for path in own)) if path.is_file()}
     texts = {job.show(path): path.read_text(encoding="utf-8", errors="surrogateescape") for path in sorted(lists)}
     return {name: frozenset(Manifest.from_text(text).hashes) for name, text in texts.items()}

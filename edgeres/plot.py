@@ -15,7 +15,7 @@ BARS = 128
 """At most this many on each side of zero: what can be told apart."""
 
 
-def histogram(table: RangeTable, tensor: str, path: Path, steps: int = 255) -> None:
+def histogram(table: RangeTable, tensor: str, path: Path) -> None:
     """Write the histogram of ``tensor``, log counts, with the interval of each method on top, as PNG or SVG."""
     if path.suffix not in FORMATS:
         raise UsageError(f"cannot plot to {path}", hint=f"the name of a picture ends in {' or '.join(FORMATS)}")
@@ -33,7 +33,7 @@ def histogram(table: RangeTable, tensor: str, path: Path, steps: int = 255) -> N
     axes.set_xlabel("value")
     axes.set_title(f"{tensor}: {r.count:,} values of {table.images:,} images, {r.zeros / r.count:.1%} exactly 0")
     for i, (name, method) in enumerate(METHODS.items()):
-        lo, hi = method(r, steps)
+        lo, hi = method(r, 255)
         style = {"color": f"C{i}", "linestyle": ("-", "--", ":")[i % 3], "linewidth": 1.5}
         for n, end in enumerate(sorted({lo, hi} - {0}) or [0]):
             axes.axvline(end, **style, label=None if n else f"{name}\n{lo:.4g} to {hi:.4g}")

@@ -40,7 +40,7 @@ _CONTROL = re.compile(r"\x1b(?!\[[0-9;]*m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f
 def say(message: str) -> None:
     """One line: a step taken, a fact that the user should not miss."""
     if console := _console.get():
-        console.print(printable(message), highlight=False, markup=False, soft_wrap=True)
+        console.print(printable(message), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 @contextmanager
@@ -62,7 +62,7 @@ class Step(Protocol):
 
 @contextmanager
 def bar(what: str, total: int, unit: str) -> Iterator[Step]:
-    """A bar on a terminal; elsewhere one line when done."""
+    """A bar on a terminal; elsewhere one line when done. ``unit`` is a plural."""
     console = _console.get()
     if console is None:
         yield lambda note="": None
@@ -79,6 +79,8 @@ def bar(what: str, total: int, unit: str) -> Iterator[Step]:
             progress.update(task, advance=1, note=last)
 
         yield step
+    if total == 1:
+        unit = unit.removesuffix("es" if unit.endswith("ches") else "s")
     say(f"{what}: {total:,} {unit} in {time.perf_counter() - start:.1f} s{', ' * bool(last)}{last}")
 
 

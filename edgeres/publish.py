@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from edgeres import result, schema
-from edgeres.data import ImageSet
 from edgeres.errors import InputError
 from edgeres.files import atomic, read_json
 from edgeres.junit import junit
 from edgeres.markdown import markdown
 from edgeres.page import page
 from edgeres.report import Column
+from edgeres.thumbnails import Draw
 
 Record = dict[str, Any]
 
@@ -53,7 +53,7 @@ def write(
     html: Path | None = None,
     for_pull_request: Path | None = None,
     for_ci: Path | None = None,
-    images: Callable[[], ImageSet | None] = lambda: None,
+    images: Callable[[], Draw | None] = lambda: None,
 ) -> None:
     """Write what `read` gives as a page, Markdown and JUnit XML; ``images`` are opened for the page alone."""
     records = [record for record, _ in found]

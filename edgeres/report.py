@@ -120,12 +120,13 @@ def benchmarks(results: list[Record], names: list[str]) -> list[tuple[list[str],
 
 
 def speedup(r: Record) -> tuple[float | None, list[float] | None]:
-    """How many times as fast as FP32 the engine is, by p50, and the 95% interval if it was benchmarked."""
+    """How many times as fast as FP32 the engine is, by p50, and the 95% interval if they were benchmarked together."""
     baseline, engine = (Column("", "", r, r[key], key == "engine") for key in ("baseline", "engine"))
-    measured = (r.get("latency") or {}).get("speedup") or {}
-    name = engine.side["name"]
+    latency, name = r.get("latency") or {}, engine.side["name"]
+    measured = latency.get("speedup") or {}
     found = measured.get(name) or measured.get(f"{name} {r['target']}")
-    if found:
+    # ratios are to the first runner: another where FP32 was not measured, or not on this target
+    if found and baseline.runner and baseline.runner is next(iter(latency["runners"].values())):
         return found["of_p50"], found["interval"]
     return (baseline.p50 / engine.p50, None) if baseline.p50 and engine.p50 else (None, None)
 

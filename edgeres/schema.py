@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from edgeres.errors import InputError
+from edgeres.recipe import PRECISIONS
 
 SIDES = ("baseline", "engine")
 VERDICTS = ("PASS", "NOT ENOUGH IMAGES", "NO LABELS", "FAIL")
@@ -57,7 +58,8 @@ RESULT: Fields = (
     ("list", "skipped flipped reasons notes"),
     ("list or null", "classes layers ranges verdicts provenance.machine.gpus?"),
     ("object", "flipped[] flipped[].* classes[] layers[] ranges[] ranges[].thresholds provenance.machine.gpus[]"),
-    ("text", "name model target precision *.name *.precision skipped[] reasons[] notes[] budget.accepted.path"),
+    ("text", "name model target *.name skipped[] reasons[] notes[] budget.accepted.path"),
+    (", ".join(PRECISIONS), "precision *.precision"),
     ("text", "flipped[].path layers[].name ranges[].tensor provenance.machine.gpus[].name"),
     ("text", "provenance.digests.model provenance.digests.images provenance.digests.engine"),
     ("text or null", "classes[].name provenance.digests.outcomes? provenance.host? provenance.machine.cpu?"),
@@ -87,21 +89,21 @@ RESULT: Fields = (
 )
 FORMER: Fields = (
     ("object", "* drop flips budget agreement"),
-    ("text", "precision"),
+    (", ".join(PRECISIONS), "precision"),
     ("count above 0", "images"),
     ("number from 0 to 100", "*.top1 *.top5 agreement.top1"),
 )
 """Of a result before 0.2: what its other fields are computed from."""
 ENGINE: Fields = (
-    ("object", "fusion? built_with? made_from?"),
+    ("object", "fusion? built_with? made_from? options?"),
     ("object or null", "fusion.operators?"),
     ("list or null", "kept_fp32?"),
-    ("text", "sha256? precision? target? kept_fp32[]"),
+    ("text", "sha256? precision? target? kept_fp32[] made_from.model?"),
     ("text or null", "executor? io?"),
     ("count", "fusion.operators{}"),
     ("count or null", "classes? size_bytes?"),
 )
-"""Of an engine.json, as far as reports read it."""
+"""Of an engine.json: what is read before anything else can say that it is damaged."""
 
 
 def refuse(found: Iterable[str], what: str, hint: str) -> None:

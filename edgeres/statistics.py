@@ -37,7 +37,8 @@ def _tango(lost: float, won: float, images: float) -> float:
         # the likeliest share of `won` if that is the drop is the root of a quadratic, 2 n x^2 + b x + c
         b = (2 * images - lost + won) * drop - lost - won
         c = -won * drop * (1 - drop)
-        share = (math.sqrt(b * b - 8 * images * c) - b) / (4 * images)
+        # where every image was won, what is below the root is 0 but for rounding
+        share = (math.sqrt(max(0.0, b * b - 8 * images * c)) - b) / (4 * images)
         variance = images * (2 * share + drop * (1 - drop))
         if images * drop - (lost - won) > Z95 * math.sqrt(max(0.0, variance)):
             high = drop

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,9 @@ from edgeres.words import count
 SIDE = 112
 """Pixels of the longer side: enough for a screen with two of its pixels to one of the page."""
 QUALITY = 80
+
+Draw = Callable[[int], ImageSet]
+"""Draws so many images of a set, as the validation did."""
 
 
 class Thumbnail(NamedTuple):
@@ -34,18 +37,18 @@ class Judged(NamedTuple):
     why: str = ""
 
 
-def judged(results: Sequence[dict[str, Any]], images: ImageSet | None) -> list[Judged]:
-    """For each of ``results`` its images among ``images``, by the digest recorded: a path says little."""
+def judged(results: Sequence[dict[str, Any]], images: Draw | None) -> list[Judged]:
+    """For each of ``results`` its images, which ``images`` draws, by the digest recorded: a path says little."""
     known: dict[int, str | None] = {}
 
     def one(r: dict[str, Any]) -> Judged:
         if images is None or not r["flipped"]:
             return Judged(None)
-        some, recorded = images.subset(r["images_of"]), r["provenance"]["digests"]["images"]
+        some, recorded = images(r["images_of"]), r["provenance"]["digests"]["images"]
         found = known[len(some)] if len(some) in known else known.setdefault(len(some), _digest(some))
         if found == recorded:
             return Judged(some)
-        there = f"the {count(len(some), 'image')} in {images.root}"
+        there = f"the {count(len(some), 'image')} in {some.root}"
         if found is None:
             return Judged(None, f"not all of {there} can be read")
         differs = f"SHA-256 of files and labels {found[:12]}, recorded {recorded[:12]}"

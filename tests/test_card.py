@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tomllib
 from click.testing import CliRunner
 from records import SHA, record, save
 
@@ -14,7 +13,7 @@ from edgeres import result
 from edgeres.card import card
 from edgeres.cli import cli
 from edgeres.files import write_json
-from edgeres.recipe import Preprocess, Recipe, from_dict
+from edgeres.recipe import Preprocess, Recipe, from_dict, tomllib
 from edgeres.words import NONE
 
 ENGINE = {"sha256": SHA["int8"], "classes": 10, "executor": "onnxruntime", "io": "uint8", "kept_fp32": ["conv1", "fc"]}
@@ -103,6 +102,12 @@ def test_the_recipe_in_it_is_the_one_that_was_recorded() -> None:
     assert "edgeres run int8.toml --weights WEIGHTS --calibration TRAIN --data VALIDATION" in card(r)
 
 
+def test_a_recipe_may_have_any_character_in_its_name() -> None:
+    assert recipe(card(record(name="caf\N{LATIN SMALL LETTER E WITH ACUTE} \N{HOT BEVERAGE} \U0001f600"))).name == (
+        "caf\N{LATIN SMALL LETTER E WITH ACUTE} \N{HOT BEVERAGE} \U0001f600"
+    )
+
+
 def test_fp16_needs_no_calibration() -> None:
     r = record("fp16", model="resnet18")
     r["provenance"]["quantization"] = None
@@ -156,6 +161,8 @@ def test_the_command_writes_the_card_of_an_engine(tmp_path: Path) -> None:
     assert Path("new/CARD.md").read_text(encoding="utf-8") == card(record(), ENGINE)
     done = run("card", path, "--json")
     assert json.loads(done.stdout) == {"card": "card.md"}
+    name = f"{130 * 'n'}[v1]:100:.md"  # neither folded, nor markup
+    assert run("card", path, "-o", name).stdout == f"{name}\n"
     assert Path("card.md").exists()
 
 

@@ -17,11 +17,14 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from records import record, save
 from rich.console import Console
+from rows import flips
 from sshd import SSHD, Device, new_key, wait
 
 import edgeres
@@ -428,6 +431,24 @@ def test_what_comes_home_must_belong_together_and_takes_nothing_else_away(
     devices["one"].reset()
     assert edgeres_deploy("one", bundle, "-o", "home").exit_code == 0
     assert sorted(p.name for p in folder.iterdir()) == ["notes", "outcomes.npz", "result.json"]
+
+
+def test_what_a_killed_deploy_left_here_is_in_nobodys_way(tmp_path: Path) -> None:
+    home, rows = tmp_path / "home", flips(10, 1, 0)
+    (home / f".{os.getpid()}.tmp").mkdir(parents=True)  # in a container the next one has the same number
+    r = record()
+    r["provenance"]["digests"]["outcomes"] = rows.save(tmp_path / "outcomes.npz")
+    save(tmp_path, r)
+
+    def step(name: str, stdout: Any) -> None:
+        stdout.write(b"edgeres data=tar\n")
+        with tarfile.open(fileobj=stdout, mode="w|") as tar:
+            for file in deploy.FILES:
+                tar.add(tmp_path / file, file)
+
+    device: Any = SimpleNamespace(host="one", step=step)
+    assert deploy._bring_home(device, home, None)["provenance"]["host"] == "one"
+    assert {path.name for path in home.iterdir()} == {*deploy.FILES, f".{os.getpid()}.tmp"}
 
 
 @needs_sshd

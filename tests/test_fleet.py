@@ -543,6 +543,19 @@ def test_options_that_make_no_sense_together_are_refused(workspace: Path) -> Non
         assert cause in done.stderr
 
 
+def test_a_file_for_two_executors_is_opened_by_each(
+    ask: Callable[[ImageSet], Question], many: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question = ask(ImageSet(many, (), None))
+    (one,) = question.engines
+    other = Engine(one.path, {**one.record, "executor": "openvino"})
+    monkeypatch.setattr(fleet, "_opened", {})
+    monkeypatch.setattr(fleet, "open_runner", lambda *_: "fp32")
+    monkeypatch.setattr(Engine, "open", lambda self, threads: self.record["executor"])
+    runners = fleet._open(replace(question, engines=[one, other]), lambda _: np.zeros(1, np.uint8), 1)
+    assert runners == ["fp32", "onnxruntime", "openvino"]
+
+
 @pytest.mark.parametrize("here", [True, False])
 def test_a_model_in_the_current_folder_or_the_one_above(
     here: bool, ask: Callable[[ImageSet], Question], many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

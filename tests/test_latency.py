@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import re
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -303,6 +305,25 @@ def test_what_makes_the_numbers_doubtful_is_said_below_the_table() -> None:
         "note: no FP16 engine",
         "note: no p",
     ]
+
+
+@pytest.mark.parametrize("width", [50, 80])
+@pytest.mark.parametrize("sweep", [False, True])
+def test_long_names_give_way_and_numbers_do_not(width: int, sweep: bool) -> None:
+    runners = {f"{name} resnet50-v1.5-int8-cpu-of-a-long-name": r for name, r in record()["runners"].items()}
+    points = [{"batch": b, "runners": {n: {"p50": 90.0, "images_per_second": 355.5} for n in runners}} for b in (8, 32)]
+    speedups = {name: {"of_p50": 10.0, "interval": [9.81, 10.21]} for name in [*runners][1:]}
+    value = record(runners=runners, speedup=speedups, sweep=points if sweep else [])
+    narrow, wide = shown(value, width), shown(value, 300)
+    assert "…" not in narrow
+    assert max(map(len, narrow.splitlines()[1:])) <= width
+    numbers = re.findall(r"(?<=\s)[\d.,]+x?(?=\s)", wide)
+    assert len(numbers) > 20
+    assert not Counter(numbers) - Counter(re.findall(r"(?<=\s)[\d.,]+x?(?=\s)", narrow))
+
+
+def test_brackets_in_a_name_are_no_markup() -> None:
+    assert "INT8 net[v1] " in shown(record(runners={"FP32": runner(3), "INT8 net[v1]": runner(1)}, speedup={}))
 
 
 def test_the_title_says_streams_and_preset() -> None:

@@ -257,6 +257,42 @@ def test_a_record_has_its_title_and_its_notes(job: Job, engine: Engine) -> None:
     assert lineup.run(job, [known], Plan())["title"] == "resnet50 v1.5 on cpu, 32 x 32"
 
 
+def called(record: dict[str, Any], engine: Engine) -> list[str | None]:
+    """What a result calls FP32 and ``engine`` in a record, None without times."""
+    sides = lineup.of_baseline(record, engine), lineup.of_engine(record, engine)
+    assert all(("name" in side) == bool(side["latency_ms"]) for side in sides)
+    return [side.get("name") for side in sides]
+
+
+def test_what_is_not_fp32_is_no_baseline_of_a_result(job: Job, tmp_path: Path, opened: list[dict[str, Any]]) -> None:
+    int8 = plan_of(tmp_path, "net-int8-desktop")
+    assert called(lineup.run(job, [int8], Plan()), int8) == [None, "INT8"]
+    plan_of(tmp_path, "net-fp16-desktop", precision="fp16")
+    tf32 = plan_of(tmp_path, "net-fp32-tf32-desktop", precision="fp32", options={"tf32": True})
+    record = lineup.run(job, [int8], Plan())
+    assert list(record["runners"]) == ["FP32 TF32", "FP16", "INT8"]
+    assert (called(record, int8), called(record, tf32)) == ([None, "INT8"], [None, "FP32 TF32"])
+    plan_of(tmp_path, "net-fp32-desktop", precision="fp32")
+    record = lineup.run(job, [tf32], Plan())
+    assert called(record, tf32) == ["FP32", "FP32 TF32"]
+
+
+def test_a_result_takes_the_times_of_its_own_engine(job: Job, tmp_path: Path, opened: list[dict[str, Any]]) -> None:
+    one, other = plan_of(tmp_path, "a/net", precision="fp16"), plan_of(tmp_path, "b/net")
+    record = lineup.run(job, [one, other], Plan())
+    assert [called(record, engine)[1] for engine in (one, other)] == ["FP16", "INT8"]
+    twins = [plan_of(tmp_path, f"twins/{name}") for name in ("mse", "minmax")]
+    record = lineup.run(job, twins, Plan())
+    assert [called(record, engine) for engine in twins] == [[None, "INT8 mse"], [None, "INT8 minmax"]]
+    both = []
+    for target in ("desktop", "jetson-agx-orin"):
+        plan_of(tmp_path, f"both/net-fp32-{target}", precision="fp32", target=target)
+        both.append(plan_of(tmp_path, f"both/net-int8-{target}", target=target))
+    record = lineup.run(job, both, Plan())
+    assert [called(record, engine)[0] for engine in both] == ["FP32 desktop", "FP32 jetson-agx-orin"]
+    assert [called(record, engine)[1] for engine in both] == ["INT8 desktop", "INT8 jetson-agx-orin"]
+
+
 def test_runners_are_closed_also_when_one_does_not_open(
     job: Job, tmp_path: Path, opened: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

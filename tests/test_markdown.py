@@ -94,3 +94,10 @@ def test_results_of_two_models_have_a_table_each() -> None:
     document = markdown([record(), other])
     assert document.count("### ") == 2
     assert document.count("| FP32 |") == 2
+
+
+def test_a_shard_is_not_judged_whatever_its_budget() -> None:
+    document = markdown([record(verdict=None, reasons=[], shard={"index": 1, "of": 2})])
+    assert row(document, "INT8")[1] == "**not judged**"
+    assert "- INT8: shard 1 of 2: a part of the images is not judged\n" in document
+    assert "budget" not in document

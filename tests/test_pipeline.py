@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from conftest import told
 from onnx import numpy_helper
 from PIL import Image
 
-from edgeres import graph, pipeline, ranges, typed
+from edgeres import graph, pipeline, ranges, report, typed
 from edgeres.benchmark import Plan
 from edgeres.build import Engine
 from edgeres.calibrate import RangeTable
 from edgeres.errors import BuildError, EdgeresError, InputError, UsageError
 from edgeres.job import Job
+from edgeres.layouts import open_images
 from edgeres.recipe import load_recipe
 from edgeres.targets import Target, load_target, names
 from edgeres.validate import Shard
@@ -64,6 +66,43 @@ def test_every_target_precision_and_interface(make: Make, target: str, precision
         assert made["chosen"]["held_out"]["sqnr_db"] > 15
     else:
         assert "quantization" not in made
+
+
+def test_another_tensorrt_takes_another_graph(make: Make) -> None:
+    for version, precision in (("8.6.2", 1), ("10.3.0", 10), ("8.6.2", 1)):
+        job = make(engine__target="jetson-agx-orin", engine__precision="fp16", engine__tensorrt=version)
+        path, said = told(typed.quantize_model, job)
+        assert {t.data_type for t in graph.load(path).graph.initializer} == {precision}
+        assert "up to date" not in said
+        assert "up to date" in told(typed.quantize_model, job)[1]
+
+
+def test_another_tensorrt_takes_another_header_of_a_cache(make: Make) -> None:
+    for version, header in (("10.3.0", "TRT-100300"), ("8.6.1", "TRT-8601")):
+        path = typed.quantize_model(make(engine__target="desktop-implicit", engine__tensorrt=version))
+        assert path.with_suffix(".cache").read_text().startswith(f"{header}-")
+
+
+def test_a_typed_model_does_not_take_the_place_of_its_fp32_model(make: Make) -> None:
+    job = make()
+    before = job.fp32.read_bytes()
+    with pytest.raises(UsageError, match="would take the place of what it is made from"):
+        typed.quantize_model(job, job.fp32.parent / ".." / job.fp32.parent.name / job.fp32.name)
+    assert job.fp32.read_bytes() == before
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp16"])
+def test_what_dla_cannot_take_is_refused_before_anything_is_made(make: Make, workspace: Path, precision: str) -> None:
+    job = make(engine__target="jetson-agx-orin-dla", engine__precision=precision)
+    model = graph.load(job.fp32)
+    next(n for n in model.graph.node if n.op_type == "GlobalAveragePool").op_type = "Relu"  # the map goes to fc whole
+    (weight,) = (t for t in model.graph.initializer if t.name == "fc.weight")
+    weight.CopyFrom(numpy_helper.from_array(np.repeat(numpy_helper.to_array(weight), 16, 1), weight.name))
+    graph.save(model, workspace / "whole.onnx")
+    with pytest.raises(InputError, match="fc is no classifier after a pool"):
+        typed.quantize_model(replace(job, model=workspace / "whole.onnx"))
+    assert not (workspace / "engines").exists()
+    assert not (workspace / "calibration").exists()
 
 
 @pytest.mark.parametrize("kind", ["fp16", "uint8"])
@@ -123,14 +162,30 @@ def test_engines_of_every_interface_are_as_faithful(make: Make, kind: str) -> No
 
 def test_held_out_images_are_not_calibration_images(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgeres.tune.HELD_OUT", 16)
-    seen: list[Any] = []
-    monkeypatch.setattr(typed, "Loader", lambda images, *rest, **kwargs: seen.append(images) or [])
     monkeypatch.setattr("edgeres.tune.Held", lambda model, batches: batches)
     job = make(calibration__limit=12)
-    _, said = told(typed.held_out, job, graph.load(job.fp32))
-    (held,) = seen
-    assert (len(held), said) == (16, "")
-    assert not {*held.paths} & {*ranges.calibration_images(job).paths}
+    loader, said = told(typed.held_out, job, graph.load(job.fp32))
+    assert (len(loader.images), said) == (16, "")
+    assert not {*loader.images.paths} & {*ranges.calibration_images(job).paths}
+
+
+def test_held_out_images_that_are_unreadable_stop_the_run_or_are_named(
+    make: Make, workspace: Path, train_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeres.tune.HELD_OUT", 16)
+    images = shutil.copytree(train_folder, workspace / "images")
+    job = make(calibration__limit=12, calibration__images=str(images))
+    calibrated = ranges.calibration_images(job).paths
+    bad = next(p for p in open_images(images).subset(28, job.recipe.seed).paths if p not in calibrated)
+    (images / bad).write_bytes(b"")
+    typed.ensure_table(job, graph.load(job.fp32))  # no bad one among those
+    with pytest.raises(InputError, match="1 unreadable image") as error:
+        pipeline.quantize_model(job)
+    assert bad in error.value.evidence
+    assert not job.folder.exists()
+    _, said = told(pipeline.quantize_model, replace(job, skip_bad=True))
+    assert f"skipped {bad}: the file is empty" in said
+    assert "on 15 images" in said
 
 
 def test_a_set_with_none_to_spare_is_said(make: Make) -> None:
@@ -273,6 +328,28 @@ def test_a_validation_does_not_wait_for_the_tail_of_latency(make: Make, monkeypa
     assert plans == [Plan(tail=False)]
 
 
+def test_engines_of_one_kind_have_the_intervals_of_their_own_latency(make: Make, tmp_path: Path) -> None:
+    engines = [pipeline.ensure_engine(make(calibration__method=m), tmp_path / m) for m in ("minmax", "mse")]
+    results = pipeline.validate_engines(make(), engines)
+    assert [r["engine"]["name"] for r in results] == ["INT8 minmax", "INT8 mse"]
+    assert [r["baseline"]["name"] for r in results] == ["FP32 tiny.onnx"] * 2
+    for r in results:
+        baseline, engine = report.columns([r])
+        assert baseline.p50_interval
+        assert engine.p50_interval
+        assert engine.runner == r["latency"]["runners"][r["engine"]["name"]]
+        assert report.speedup(r)[1]
+
+
+def test_engines_of_one_name_are_refused_before_the_work(make: Make, tmp_path: Path) -> None:
+    job = make()
+    engines = [pipeline.ensure_engine(job, tmp_path / run / "net") for run in ("one", "two")]
+    for twins in (engines, engines[:1] * 2):
+        with pytest.raises(UsageError, match="named twice, or two have one name"):
+            pipeline.validate_engines(job, twins)
+    assert not (job.root / "engines" / "out" / "answers").exists()
+
+
 def test_copies_of_images_are_said_and_judged(make: Make, tmp_path: Path, val_folder: Path) -> None:
     images = shutil.copytree(val_folder, tmp_path / "copied")
     for i in range(3):
@@ -295,6 +372,8 @@ def test_images_that_tensorrt_calibrated_on_may_not_judge(make: Make) -> None:
     pipeline.validate_engines(job, [engine])
     listed = engine.path.with_name("model.txt")
     listed.write_text(ranges.hashed(pipeline.validation_images(job)).to_text(), encoding="utf-8")
+    pipeline.validate_engines(job, [engine])  # of an earlier engine: this one was calibrated by a table
+    engine.record["quantization"]["method"] = "tensorrt-entropy"
     with pytest.raises(InputError, match="24 validation images are calibration images too") as caught:
         pipeline.validate_engines(job, [engine])
     assert "model.txt" in caught.value.evidence

@@ -14,4 +14,16 @@ def test_names_cannot_talk_to_the_terminal() -> None:
     console = Console(file=io.StringIO(), width=80)
     with progress.to(console):
         progress.say("skipped \x1b[2J.jpg")
-    assert console.file.getvalue() == "skipped \ufffd[2J.jpg\n"  # type: ignore[attr-defined]
+        progress.say("a:100:b")
+    assert console.file.getvalue() == "skipped \ufffd[2J.jpg\na:100:b\n"  # type: ignore[attr-defined]
+
+
+def test_one_of_a_thing_is_not_several() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    with progress.to(console):
+        for unit in ("batches", "models", "MiB"):
+            for total in (1, 2):
+                with progress.bar("work", total, unit):
+                    pass
+    said = [line.partition(" in ")[0] for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    assert said == [f"work: {n}" for n in ("1 batch", "2 batches", "1 model", "2 models", "1 MiB", "2 MiB")]

@@ -144,6 +144,21 @@ def test_the_page_has_pictures_from_the_workspace(tmp_path: Path, workspace: Pat
     assert "no images at " in wrong.stderr
 
 
+def test_results_on_more_and_fewer_images_all_have_their_pictures(
+    tmp_path: Path, workspace: Path, val_folder: Path
+) -> None:
+    (workspace / "edgeres.toml").write_text(f'seed = 7\n[validation]\nimages = "{val_folder}"\n', encoding="utf-8")
+    paths = []
+    for count in (20, 5):
+        r, images = record(flips=3), open_images(val_folder).subset(count, seed=7)
+        r["images_of"], r["provenance"]["digests"]["images"] = count, Manifest.of(images).digest()
+        for f, path in zip(r["flipped"], images.paths, strict=False):
+            f["path"] = path
+        paths.append(save(tmp_path / str(count), r))
+    assert edgeres("report", "show", *paths, "--html", "p.html").exit_code == 0
+    assert Path("p.html").read_text(encoding="utf-8").count("data:image/jpeg;base64,") == 6
+
+
 def test_the_command_says_what_is_no_result(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{}", encoding="utf-8")
     failed = edgeres("report", "show", "x.json")

@@ -224,6 +224,18 @@ def test_a_runner_may_be_named_with_its_target() -> None:
     assert speedup(r)[1] == latency()["speedup"]["INT8"]["interval"]
 
 
+def test_a_ratio_to_another_than_fp32_is_no_speed_up_over_fp32() -> None:
+    r = record()
+    del r["latency"]["runners"]["FP32"]  # so that the ratio is to FP16
+    assert speedup(r) == (r["baseline"]["latency_ms"]["p50"] / r["latency"]["runners"]["INT8"]["p50"], None)
+    r["baseline"]["latency_ms"] = None
+    assert speedup(r) == (None, None)
+    r = record(target="rtx")
+    first, *others = r["latency"]["runners"].items()
+    r["latency"]["runners"] = dict([("FP32 cpu", first[1]), ("FP32 rtx", {**first[1], "p50": 9.0}), *others])
+    assert speedup(r) == (9.0 / r["latency"]["runners"]["INT8"]["p50"], None)
+
+
 def test_without_a_benchmark_the_speed_up_is_that_of_the_validation() -> None:
     assert speedup(bare()) == (P50["FP32"] / P50["INT8"], None)
 

@@ -67,6 +67,18 @@ def make(rows: Outcomes, max_drop: float | None = 1.0, shard: Shard | None = Non
     return result("tiny", ENGINE, shown, judged, sides, ["bad.png"], digests, len(rows) + 1, shard)
 
 
+def test_labels_in_another_order_are_doubted_and_the_notes_of_the_engine_stay() -> None:
+    rows = drawn(400, 10)
+    assert make(rows)["notes"] == ["slow"]
+    rotated = replace(rows, label=(rows.label + 1) % 10)
+    doubt, slow = make(rotated)["notes"]
+    assert doubt.startswith(f"FP32 itself is right on only {make(rotated)['baseline']['top1']:.2f} % of the images")
+    assert slow == "slow"
+    assert make(rotated, shard=Shard(1, 2))["notes"] == ["slow"]  # merged, they have it: as one run
+    assert make(drawn(400, 10, labelled=False))["notes"] == ["slow"]
+    assert make(drawn(8, 4))["notes"] == ["slow"]  # too few to say so
+
+
 def test_the_json_is_the_contract_that_scripts_read() -> None:
     r = json.loads(to_json(make(drawn(2000, 10))))
     assert r.keys() >= {
@@ -285,6 +297,8 @@ def at(path: str, value: Any = ...) -> Callable[[dict[str, Any]], None]:
         ),
         (at("images", 10**400), f"images is {10**39}, not count above 0"),
         (at("baseline.latency_ms.p90"), "baseline.latency_ms.p90 is missing"),
+        (at("precision", "int8`; rm x"), 'precision is "int8`; rm x", not fp32, fp16, int8'),
+        (at("engine.precision", "int4"), 'engine.precision is "int4", not fp32, fp16, int8'),
         (at("budget.accepted", {"path": "x", "top1": 1.0}), "budget.accepted.max_loss is missing"),
         (at("shard", {"index": 1}), "shard.of is missing"),
         (at("layers", [{"name": "conv1", "sqnr_db": "much"}]), 'layers[0].sqnr_db is "much", not number or null'),

@@ -76,8 +76,8 @@ def test_images_are_those_of_the_result_or_are_not_shown(val_folder: Path, tmp_p
     fake = open_images(tmp_path / "fake")
     assert fake.paths == images.paths
     r = of(images)
-    assert judged([r], images)[0].images == images
-    (found,) = judged([r], fake)
+    assert judged([r], images.subset)[0].images == images
+    (found,) = judged([r], fake.subset)
     assert found.images is None
     for part in (
         str(fake.root),
@@ -91,7 +91,7 @@ def test_images_are_those_of_the_result_or_are_not_shown(val_folder: Path, tmp_p
 def test_a_result_on_some_of_the_images_has_its_pictures(val_folder: Path) -> None:
     images = open_images(val_folder)
     part = images.subset(7)
-    found = judged([of(images), of(part), of(part.take([0]))], images)
+    found = judged([of(images), of(part), of(part.take([0]))], images.subset)
     assert [each.images for each in found[:2]] == [images, part]
     assert found[2].images is None
     assert "the 1 of the result" in found[2].why
@@ -102,14 +102,14 @@ def test_images_are_hashed_once_and_only_for_pictures(val_folder: Path, monkeypa
     results = [of(images), of(images), record(flips=0)]
     known = ImageSet.hashes
     monkeypatch.setattr(ImageSet, "hashes", lambda self: hashed.append(len(self)) or known(self))
-    judged(results, images)
-    judged([record(flips=0)], images)
+    judged(results, images.subset)
+    judged([record(flips=0)], images.subset)
     assert hashed == [len(images)]
 
 
 def test_images_that_are_gone_are_said_to_be(val_folder: Path, tmp_path: Path) -> None:
     r = of(open_images(val_folder))
-    assert judged([r], ImageSet(tmp_path, r["flipped"][0]["path"].split(), None)) == [
+    assert judged([r], ImageSet(tmp_path, r["flipped"][0]["path"].split(), None).subset) == [
         (None, f"not all of the 1 image in {tmp_path} can be read")
     ]
 

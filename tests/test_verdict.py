@@ -68,6 +68,12 @@ def test_the_images_needed_would_decide(images: int, lost: int, won: int, budget
     assert with_times(0.85 * factor) == "NOT ENOUGH IMAGES"
 
 
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_a_few_images_that_all_went_one_way_decide_nothing(images: int) -> None:
+    assert word(flips(images, 0, images), max_drop=0.0) == ("NOT ENOUGH IMAGES", 4)
+    assert word(flips(images, images, 0), max_drop=0.0) == ("NOT ENOUGH IMAGES", 4)
+
+
 def test_no_number_of_images_is_named_where_none_would_decide() -> None:
     assert word(flips(100, 3, 3), max_drop=0.0) == ("NOT ENOUGH IMAGES", None)
     assert word(flips(100, 3, 3), max_drop=1e-7) == ("NOT ENOUGH IMAGES", None)
