@@ -34,11 +34,12 @@ class Channels:
     """The groups of tensors of ``model`` whose channels can only be scaled together.
 
     A group is named by its first tensor, and scaled only if nothing but layers writes and reads it: the input, the
-    logits, and what a grouped convolution or an operator not in `PER_CHANNEL` touches stay as they are.
+    logits, and what a grouped convolution or an operator not in `PER_CHANNEL` touches stay as they are. So do maps of
+    several pixels that are flattened: what reads them has more columns than there are channels.
     """
 
     def __init__(self, model: Any) -> None:
-        constants = {t.name for t in model.graph.initializer}
+        constants = {t.name: t.dims for t in model.graph.initializer}
         self.parent: dict[str, str] = {}
         fixed = {graph.INPUT, graph.OUTPUT}
         self.writers: dict[str, list[Any]] = {}
@@ -51,11 +52,16 @@ class Channels:
             elif node.op_type not in graph.LAYERS or _group(node) != 1 or len(data) != 1:
                 fixed |= {*data, *node.output}
         fixed = {self.of(t) for t in fixed}
+
+        def widths(group: str) -> set[int]:
+            written = {constants[n.input[1]][0] for n in self.writers[group]}
+            return written | {constants[n.input[1]][1] for n in self.readers[group]}
+
         for node in model.graph.node:
             if node.op_type in graph.LAYERS:
                 self.writers.setdefault(self.of(node.output[0]), []).append(node)
                 self.readers.setdefault(self.of(node.input[0]), []).append(node)
-        self.free = [g for g in self.writers if g in self.readers and g not in fixed]
+        self.free = [g for g in self.writers if g in self.readers and g not in fixed and len(widths(g)) == 1]
 
     def of(self, tensor: str) -> str:
         """The group of ``tensor``."""

@@ -103,7 +103,7 @@ def load(path: Path) -> Any:
     except Exception as error:  # protobuf and the checker raise many kinds, none of them documented
         raise InputError(
             f"{path} is not a valid ONNX file",
-            evidence=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+            evidence=_first_line(error),
             hint="it may be cut short or damaged, or need data files that belong beside it; fetch it again",
         ) from error
     if _opset(model) < OLDEST_OPSET:
@@ -230,7 +230,7 @@ def _layout(model: Any, name: str, extents: list[int]) -> str:
     readers = graph.consumers(model)
     while node := next(iter(readers.get(name, [])), None):
         if node.op_type == "Transpose":
-            return "NHWC" if [*node.attribute[0].ints] == [0, 3, 1, 2] else LETTERS
+            return "NHWC" if any([*a.ints] == [0, 3, 1, 2] for a in node.attribute) else LETTERS
         if node.op_type not in ("Identity", "Cast", "Pad", "Sub", "Mul", "Add", "Div"):
             break
         name = node.output[0]
@@ -249,7 +249,7 @@ def _logits(model: Any, reader: Reader, path: Path) -> Value:
             hint="cut the graph behind the logits, with onnx.utils.extract_model",
         )
     (logits,) = found.values()
-    if "".join(logits.layout) not in ("NC", "C"):
+    if "".join(logits.layout) not in ("NC", "C", "N", ""):  # without "C" there is one class
         raise InputError(f"{path} does not end in (N, classes)", evidence=f"{logits.tensor} has shape {logits.shape}")
     return logits
 
@@ -295,7 +295,7 @@ class _Session:
         try:
             self._session = ort.InferenceSession(cut.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises many kinds
-            raise BuildError("ONNX Runtime refuses the model", evidence=str(error).strip().splitlines()[0]) from error
+            raise BuildError("ONNX Runtime refuses the model", evidence=_first_line(error)) from error
         self._source, self._batch, self._nhwc = source, batch, nhwc
         self._dtype = {"tensor(float16)": np.float16, "tensor(double)": np.float64}.get(
             next(i.type for i in self._session.get_inputs() if i.name == source), np.float32
@@ -309,9 +309,16 @@ class _Session:
             part = images[start : start + step]
             whole = np.concatenate([part, np.zeros_like(images, shape=(step - len(part), *images.shape[1:]))])
             whole = (whole.transpose(0, 2, 3, 1) if self._nhwc else whole).astype(self._dtype)
-            result = self._session.run(None, {self._source: np.ascontiguousarray(whole)})[0]
+            try:
+                result = self._session.run(None, {self._source: np.ascontiguousarray(whole)})[0]
+            except Exception as error:  # as above: some things are found only when they are computed
+                raise BuildError("ONNX Runtime cannot run the model", evidence=_first_line(error)) from error
             out.append(result.reshape(step, -1)[: len(part)])
         return np.concatenate(out)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def measure_parity(ours: _Session, theirs: _Session, batches: Iterable[np.ndarray]) -> dict[str, Any] | None:
@@ -319,6 +326,12 @@ def measure_parity(ours: _Session, theirs: _Session, batches: Iterable[np.ndarra
     count, largest, signal, noise = 0, 0.0, 0.0, 0.0
     for images in batches:
         reference, result = theirs(images), ours(images)
+        if wrong := int((~np.isfinite(reference).all(1)).sum()):
+            raise InputError(
+                "the file's own network computes NaN or infinity",
+                evidence=f"for {wrong} of {len(images)} images",
+                hint="its weights are damaged, or its training went wrong",
+            )
         reference = reference[:, 1:] if reference.shape[1] == BACKGROUND else reference
         s, n = squares(reference, result)
         difference = np.abs(reference.astype(np.float64) - result).max()

@@ -16,6 +16,7 @@ import numpy as np
 
 from edgeres.errors import BuildError, need
 from edgeres.foreign_ops import LETTERS, Op, Sizes, Value, name_of
+from edgeres.foreign_shapes import Unreadable, extents, per_channel, view, window_of
 
 HEADS = {"Softmax", "LogSoftmax", "ArgMax", "TopK", "ReduceMax"}
 """What turns logits into an answer; it is cut off."""
@@ -23,10 +24,6 @@ AFTER_HEADS = HEADS | {"Log", "Identity", "Cast", "Reshape", "Squeeze", "Unsquee
 FLOATS = (1, 10, 11, 16)  # TensorProto.FLOAT, FLOAT16, DOUBLE, BFLOAT16
 DYNAMIC_BATCH = 17
 """Stands for an open batch size where shapes are computed: a prime, so that it is told from a layer's width."""
-
-
-class Unreadable(Exception):
-    """A node that has no counterpart in the normal form; the text says what about it."""
 
 
 class Reader:
@@ -50,8 +47,10 @@ class Reader:
                 continue
             try:
                 self._node(node, [self.values[n] for n in inputs if n in self.values])
-            except Unreadable as error:
-                self.unreadable.append(f"{node.op_type} {node.name or node.output[0]}: {error}")
+            except (Unreadable, ArithmeticError, LookupError, TypeError, ValueError) as error:
+                # the checker looks at no values: strides of 0, axes that are not there, sizes that do not fit
+                why = error if isinstance(error, Unreadable) else f"is malformed, {error}"
+                self.unreadable.append(f"{node.op_type} {node.name or node.output[0]}: {why}")
                 self.unknown.update(node.output)
         if self.unreadable:
             more = [f"and {len(self.unreadable) - 20} more"] if len(self.unreadable) > 20 else []
@@ -144,7 +143,7 @@ class Reader:
 
     def _on_flatten(self, x: Value) -> Value:
         axis = self.attributes.get("axis", 1)  # -1 counts from the end, as in a slice
-        return self._view(x, [math.prod(x.shape[:axis]), math.prod(x.shape[axis:])])
+        return view(x, [math.prod(x.shape[:axis]), math.prod(x.shape[axis:])])
 
     def _on_reshape(self, x: Value) -> Value:
         shape = [int(n) for n in self._argument(1, "shape")]
@@ -152,25 +151,13 @@ class Reader:
             shape = [x.shape[i] if n == 0 else n for i, n in enumerate(shape)]
         if -1 in shape:
             shape[shape.index(-1)] = math.prod(x.shape) // -math.prod(shape)
-        return self._view(x, shape)
-
-    def _view(self, x: Value, shape: Sequence[int]) -> Value:
-        """Deal the letters, in the order they lie in memory, to axes of these extents."""
-        letters = [letter for group in x.layout for letter in group]
-        axes: list[str] = []
-        for extent in shape:
-            group, held = "", 1
-            while letters and (held < extent or (letters[0] == "N" and held == extent == x.size["N"] == 1)):
-                held *= x.size[letters[0]]
-                group += letters.pop(0)
-            axes.append(group)
-            if held != extent:
-                raise Unreadable(f"reshapes {x.shape} to {tuple(shape)}")
-        if letters:
-            raise Unreadable(f"reshapes {x.shape} to {tuple(shape)}")
-        return replace(x, axes=tuple(axes))
+        return view(x, shape)
 
     # layers
+
+    def _want_nchw(self, x: Value) -> None:
+        if not x.like(LETTERS):
+            raise Unreadable(f"reads {x.shape} as (N, C, H, W), but its axes hold {x.axes}")
 
     def _on_conv(self, x: Value) -> Value:
         self._want_nchw(x)
@@ -179,11 +166,11 @@ class Reader:
             raise Unreadable("convolves in other than two dimensions")
         bias = self._constant(2) if len(self.node.input) > 2 and self.node.input[2] else np.zeros(len(weight))
         kernel, group = list(weight.shape[2:]), self.attributes.get("group", 1)
-        window = self._window(x, kernel)
+        window = window_of(x, kernel, self.attributes)
         if _pooled(x.op) and kernel == [1, 1] and group == 1 and not any(window["pads"]):
             features = replace(x, axes=("N", "C"))
             return replace(self._gemm_op(features, weight[:, :, 0, 0], bias), axes=tuple(LETTERS))
-        sizes = (x.size["N"], len(weight), *_extents(x, window))
+        sizes = (x.size["N"], len(weight), *extents(x, window))
         return self._emit("Conv", x, sizes, weight=weight, bias=bias, attributes={**window, "group": group})
 
     def _on_batchnormalization(self, x: Value) -> Value:
@@ -206,20 +193,20 @@ class Reader:
 
     def _on_maxpool(self, x: Value) -> Value:
         self._want_nchw(x)
-        window = self._window(x, self.attributes["kernel_shape"])
+        window = window_of(x, self.attributes["kernel_shape"], self.attributes)
         if window.pop("dilations") != [1, 1] or len([n for n in self.node.output if n]) > 1:
             raise Unreadable("is dilated, or gives indices")
-        return self._emit("MaxPool", x, (*x.op.sizes[:2], *_extents(x, window)), attributes=window)
+        return self._emit("MaxPool", x, (*x.op.sizes[:2], *extents(x, window)), attributes=window)
 
     def _on_averagepool(self, x: Value) -> Value:
         self._want_nchw(x)
         kernel = list(self.attributes["kernel_shape"])
-        window = self._window(x, kernel)
+        window = window_of(x, kernel, self.attributes)
         if kernel == list(x.op.sizes[2:]) and not any(window["pads"]):
             return self._on_globalaveragepool(x)
         if any(window["pads"]) and (not self.attributes.get("count_include_pad") or self.attributes.get("ceil_mode")):
             raise Unreadable("averages fewer values at the border")
-        sizes = (*x.op.sizes[:2], *_extents(x, window))
+        sizes = (*x.op.sizes[:2], *extents(x, window))
         if kernel == [1, 1]:
             return self._select(x, range(sizes[1]), window["strides"])
         weight = np.full((sizes[1], 1, *kernel), 1 / math.prod(kernel))  # a convolution, channel by channel
@@ -264,6 +251,8 @@ class Reader:
         letters = x.layout[-1]
         if "".join(x.layout[:-1]) != "N":
             raise Unreadable(f"multiplies along one axis of {x.shape}")
+        if (features := math.prod(x.size[letter] for letter in letters)) != weight.shape[1]:
+            raise Unreadable(f"takes {weight.shape[1]} features and gets {features}: is the input size the network's?")
         if not x.op.flat:
             order = [letters.index(letter) + 1 for letter in "CHW" if letter in letters]
             weight = weight.reshape(-1, *(x.size[i] for i in letters)).transpose(0, *order).reshape(len(weight), -1)
@@ -308,7 +297,8 @@ class Reader:
     def _affine(self, x: Value, *terms: Any) -> Value:
         """(x - center) * gain + offset, each a number, a vector over channels, or what broadcasts to that."""
         is_norm = self.node.op_type == "BatchNormalization"
-        channels = [np.asarray(t, np.float64) if is_norm else _per_channel(x, np.asarray(t, np.float64)) for t in terms]
+        arrays = [np.asarray(t, np.float64) for t in terms]
+        channels = [np.broadcast_to(t, x.size["C"]) if is_norm else per_channel(x, t) for t in arrays]
         return self._emit("Affine", x, x.op.sizes, x.axes, attributes={"terms": channels})
 
     # parts and paddings
@@ -376,30 +366,6 @@ class Reader:
         sizes = (N, len(picked), -(-H // strides[0]), -(-W // strides[1]))
         return self._emit("Select", x, sizes, axes, attributes={"channels": picked, "strides": strides})
 
-    # windows
-
-    def _want_nchw(self, x: Value) -> None:
-        if not x.like(LETTERS):
-            raise Unreadable(f"reads {x.shape} as (N, C, H, W), but its axes hold {x.axes}")
-
-    def _window(self, x: Value, kernel: Sequence[int]) -> dict[str, Any]:
-        """Kernel, strides, dilations and explicit pads [top, left, bottom, right] of a convolution or pool."""
-        strides = list(self.attributes.get("strides", [1, 1]))
-        dilations = list(self.attributes.get("dilations", [1, 1]))
-        pads = list(self.attributes.get("pads", [0, 0, 0, 0]))
-        auto = self.attributes.get("auto_pad", b"NOTSET").decode()
-        for i, extent in enumerate(x.op.sizes[2:]):
-            reach, stride = (kernel[i] - 1) * dilations[i] + 1, strides[i]
-            if auto.startswith("SAME"):
-                total = max((-(-extent // stride) - 1) * stride + reach - extent, 0)
-                small, large = total // 2, total - total // 2
-                pads[i], pads[i + 2] = (small, large) if auto == "SAME_UPPER" else (large, small)
-            elif self.attributes.get("ceil_mode"):  # as padding: the last window may reach over the border
-                steps = -(-(extent + pads[i] + pads[i + 2] - reach) // stride)
-                steps -= steps * stride >= extent + pads[i]  # but does not start behind it
-                pads[i + 2] = max(pads[i + 2], steps * stride + reach - extent - pads[i])
-        return {"kernel_shape": list(kernel), "strides": strides, "pads": pads, "dilations": dilations}
-
 
 def evaluate(node: Any, constants: dict[str, np.ndarray], opset: int) -> list[np.ndarray]:
     """Results of ``node``, all of whose inputs are ``constants``, by ONNX Runtime."""
@@ -421,24 +387,8 @@ def evaluate(node: Any, constants: dict[str, np.ndarray], opset: int) -> list[np
     return [np.asarray(found.get(name, 0)) for name in node.output]
 
 
-def _per_channel(x: Value, constant: np.ndarray) -> np.ndarray:
-    shape = (1,) * (len(x.axes) - constant.ndim) + constant.shape
-    if len(shape) > len(x.axes) or any(n > 1 and group != "C" for n, group in zip(shape, x.layout, strict=False)):
-        raise Unreadable(f"combines {x.shape} with a constant of shape {constant.shape}, which is not per channel")
-    return np.broadcast_to(constant.reshape(-1), x.size["C"])
-
-
 def _pooled(op: Op) -> bool:
     """Whether this is what a classifier reads: pooled features, not a map that happens to have one pixel."""
     if op.kind in ("Relu", "Affine"):
         return _pooled(op.inputs[0])
     return op.flat or op.kind == "GlobalAveragePool"
-
-
-def _extents(x: Value, window: dict[str, Any]) -> tuple[int, int]:
-    """Height and width of what a window leaves."""
-    out = []
-    for i, extent in enumerate(x.op.sizes[2:]):
-        reach = (window["kernel_shape"][i] - 1) * window.get("dilations", [1, 1])[i] + 1
-        out.append((extent + window["pads"][i] + window["pads"][i + 2] - reach) // window["strides"][i] + 1)
-    return out[0], out[1]

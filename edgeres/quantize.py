@@ -86,10 +86,10 @@ def int8(model: Any, table: RangeTable, scheme: Scheme, method: str, keep: Colle
     table.require({"model": graph.digest(model)})
     out = equalize(model, table.exponents)
     g = out.graph
-    weights = graph.initializers(out)
+    weights, readers = graph.initializers(out), graph.consumers(out)
     for node in g.node:
         if node.op_type in graph.LAYERS and node.name not in keep:
-            _check_layer(node, weights)
+            _check_layer(node, weights, readers)
     tensors = pairs(model, scheme, keep)
     scales = activation_scales(model, table, scheme, method, tensors)
     nodes: list[Any] = []
@@ -233,9 +233,15 @@ def _source(model: Any, name: str, same: tuple[str, ...]) -> str:
     return name
 
 
-def _check_layer(node: Any, constants: dict[str, np.ndarray]) -> None:
-    """Weights must be finite constants, their output channels on axis 0, which for Gemm means transB."""
+def _check_layer(node: Any, constants: dict[str, np.ndarray], readers: dict[str, list[Any]]) -> None:
+    """Weights must be finite constants of one layer, their output channels on axis 0, which for Gemm means transB."""
     for name in filter(None, node.input[1:]):
+        if others := [n.name for n in readers[name] if n.name != node.name]:
+            raise InputError(
+                f"cannot quantize {node.op_type} {node.name}",
+                evidence=f"it shares {name} with {others[0]}",
+                hint="`edgeres import` gives every layer constants of its own",
+            )
         if name not in constants:
             raise InputError(
                 f"cannot quantize {node.op_type} {node.name}",

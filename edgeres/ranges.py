@@ -10,7 +10,7 @@ from edgeres.baseline import ensure_model, preprocess_of
 from edgeres.calibrate import RangeTable, calibrate
 from edgeres.data import ImageSet, Manifest
 from edgeres.errors import InputError, StaleError, UsageError
-from edgeres.files import atomic
+from edgeres.files import atomic, refuse_replacing, require_writable
 from edgeres.job import BATCH, Job
 from edgeres.layouts import open_images
 from edgeres.loader import Loader
@@ -43,8 +43,15 @@ def hashed(images: ImageSet) -> Manifest:
 
 def calibrate_model(job: Job, output: Path | None = None) -> Path:
     """FP32 ONNX + images -> range table, measured anew."""
+    if output:
+        if output.suffix != ".json":  # which is how a recipe tells a table from images
+            raise UsageError(f"{output} is no name for a range table", hint=f"such as {output.with_suffix('.json')}")
+        require_writable(output)
     images = calibration_images(job)
-    return make_table(job, graph.load(ensure_model(job)), images, hashed(images), output)
+    fp32 = ensure_model(job)
+    model = graph.load(fp32)
+    graph.normal_form(model, fp32)
+    return make_table(job, model, images, hashed(images), output)
 
 
 def make_table(job: Job, model: Any, images: ImageSet, manifest: Manifest, output: Path | None = None) -> Path:
@@ -53,6 +60,7 @@ def make_table(job: Job, model: Any, images: ImageSet, manifest: Manifest, outpu
     loader = Loader(images, preprocess, BATCH, job.skip_bad)
     made_from = _inputs(job, model, manifest)
     path = output or job.table
+    refuse_replacing(path.with_suffix(".txt"), Path(calibration_source(job)))  # which may be a list of images
     exponents = {}
     if job.recipe.calibration.equalize:
         few = Loader(images.take(range(min(equalize.IMAGES, len(images)))), preprocess, BATCH, job.skip_bad)

@@ -17,6 +17,7 @@ from edgeres.calibrate import RangeTable
 from edgeres.equalize import equalize
 from edgeres.errors import BuildError, InputError, need
 from edgeres.fidelity import decibels, squares
+from edgeres.fp16 import rounding
 from edgeres.loader import Batch
 from edgeres.progress import bar, say
 from edgeres.quantize import SAME_VALUES, Scheme, int8
@@ -168,7 +169,7 @@ def _session(model: Any, outputs: list[str]) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    probe = graph.expose(model, outputs).SerializeToString()
+    probe = rounding(graph.expose(model, outputs)).SerializeToString()
     return ort.InferenceSession(probe, options, providers=["CPUExecutionProvider"])
 
 

@@ -11,7 +11,7 @@ from edgeres.baseline import ensure_model, preprocess_of, recorded, sample_image
 from edgeres.calibrate import RangeTable
 from edgeres.dla import dla_form
 from edgeres.errors import BuildError, UsageError
-from edgeres.files import atomic, sha256_file
+from edgeres.files import atomic, refuse_replacing, require_writable, sha256_file
 from edgeres.fp16 import fp16, magnitudes
 from edgeres.interface import interface
 from edgeres.job import BATCH, Job
@@ -20,7 +20,7 @@ from edgeres.lint import require_clean
 from edgeres.loader import Loader
 from edgeres.progress import say
 from edgeres.quantize import Scheme, float_operators, interval
-from edgeres.ranges import calibration_images, calibration_source, ensure_table, hashed
+from edgeres.ranges import calibration_images, calibration_source, ensure_table, hashed, report_skipped
 from edgeres.recipe import AUTO, ON_DEVICE
 from edgeres.targets import Target, load_target, scheme_for
 from edgeres.thresholds import METHODS
@@ -33,9 +33,14 @@ def quantize_model(job: Job, output: Path | None = None) -> Path:
     if engine.precision == "int8":
         _refuse_misfits(job, target)
         calibration_source(job)  # before the minutes that an export may take
+    if output:
+        refuse_replacing(output, job.fp32)
+        require_writable(output)
     fp32 = ensure_model(job)
     model = graph.load(fp32)
     record = graph.normal_form(model, fp32)
+    if target.dla:
+        dla_form(model)  # what has none is refused before the minutes that calibration may take
     path = output or job.folder / "model.onnx"
     asked = {**record, "model": graph.digest(model), "precision": engine.precision, "io": engine.io}
     scheme, table = replace(scheme_for(target), weights=calibration.weights), None
@@ -57,7 +62,11 @@ def quantize_model(job: Job, output: Path | None = None) -> Path:
             asked["quantization"] |= {"table": sha256_file(table_path), "images": table.images}
     if target.dla:
         asked["dla"] = True
+    if engine.precision == "fp16" and not target.typed:
+        asked["typed"] = False  # the builder has a flag for FP16, and the graph is FP32
     caches = target.implicit and table is not None
+    if caches:
+        asked["quantization"]["tensorrt"] = target.tensorrt  # which the cache is headed with
     complete = path.is_file() and (not caches or path.with_suffix(".cache").is_file())
     have = recorded(path) if complete else {}
     if {k: v for k, v in have.items() if k not in MEASURED} == asked:
@@ -181,7 +190,10 @@ def held_out(job: Job, model: Any) -> tune.Held | None:
     if len(rest) < tune.HELD_OUT // 4:
         say(f"fidelity is measured on calibration images: the set has only {len(images)}")
         rest = images.subset(tune.HELD_OUT, seed)
-    return tune.Held(model, Loader(rest, preprocess_of(model), BATCH, skip_bad=True))
+    loader = Loader(rest, preprocess_of(model), BATCH, job.skip_bad)
+    held = tune.Held(model, loader)
+    report_skipped(loader)
+    return held
 
 
 def _magnitudes(job: Job, model: Any) -> dict[str, float]:

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_resnet, write_images
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from PIL import Image
 from rich.console import Console
 
@@ -235,6 +235,18 @@ def test_every_tensor_is_measured_as_pytorch_computes_it(table: RangeTable, tiny
     assert table.images == 4
 
 
+def test_a_network_without_an_inner_tensor_has_the_range_of_its_input() -> None:
+    weight = numpy_helper.from_array(np.ones((2, 3072), np.float32), "weight")
+    nodes = [
+        helper.make_node("Flatten", [graph.INPUT], ["flat"]),
+        helper.make_node("Gemm", ["flat", "weight"], [graph.OUTPUT], transB=1),
+    ]
+    model = graph.assemble(nodes, [weight], "linear", (3, 32, 32), 2, 17, None)
+    table = calibrate(model, images := batches(5, 2), {"model": graph.digest(model)})
+    largest = max(b.pixels.max() for b in images)
+    assert {name: r.max for name, r in table.tensors.items()} == {graph.INPUT: largest}
+
+
 def test_tensors_come_in_graph_order(table: RangeTable, tiny: Any) -> None:
     assert list(table.tensors) == graph.activations(tiny)
 
@@ -397,7 +409,7 @@ def test_require_accepts_the_inputs_it_was_made_from(table: RangeTable) -> None:
 
 @pytest.mark.parametrize("changed", ["model", "images", "preprocess"])
 def test_require_names_the_input_that_changed(table: RangeTable, changed: str) -> None:
-    with pytest.raises(StaleError, match=f"made from another {changed}\n") as caught:
+    with pytest.raises(StaleError, match=f"not of the same {changed}\n") as caught:
         table.require({**table.made_from, changed: "f" * 64})
     assert caught.value.evidence == f"{changed}: table {table.made_from[changed][:12]}, here ffffffffffff"
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from conftest import tiny_resnet
@@ -122,6 +123,26 @@ def test_what_an_operator_touches_that_is_not_scaled_per_channel_stays(middle: l
     assert measure(model, small_batches()) == {}
 
 
+@pytest.mark.parametrize("behind", [[], [node("Relu", "flat", "features")]], ids=["gemm", "relu"])
+def test_maps_of_several_pixels_that_are_flattened_stay(behind: list[Any]) -> None:
+    rng = np.random.default_rng(2)
+    weights = {"wa": rng.standard_normal((8, 3, 3, 3)), "wb": rng.standard_normal((6, 8, 3, 3))}
+    nodes = [
+        node("Conv", "input wa", "a", strides=[2, 2]),
+        node("Relu", "a", "r"),
+        node("Conv", "r wb", "b"),
+        node("Flatten", "b", "flat"),
+        *behind,
+        node("Gemm", f"{'features' if behind else 'flat'} wf", "logits", transB=1),
+    ]
+    model = network(nodes, weights | {"wf": rng.standard_normal((4, 6))})  # one pixel is left
+    assert {*measure(model, small_batches())} == {"a", "b"}
+    nodes[2].attribute.append(helper.make_attribute("pads", [1, 1, 1, 1]))
+    model = network(nodes, weights | {"wf": rng.standard_normal((4, 54))})  # nine pixels
+    assert {*(exponents := measure(model, small_batches()))} == {"a"}
+    assert Held(model, small_batches()).fidelity(equalize.equalize(model, exponents)).sqnr_db > 120
+
+
 def test_uneven_channels_become_even_and_int8_gains_many_decibels() -> None:
     model = chain(node("Relu", "a", "z"), spread=200)
     exponents = measure(model, small_batches())
@@ -228,3 +249,17 @@ def test_an_int8_model_knows_the_factors_of_its_table() -> None:
         for e in ({}, exponents)
     ]
     np.testing.assert_allclose(scales[1] / scales[0], [2, 0.5, *[1] * 6], rtol=1e-6)
+
+
+def test_activations_are_in_reach_also_where_convolutions_have_no_layout_of_x86(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on Arm. ONNX Runtime tells of a session that failed on stdout, and tries again otherwise."""
+    real = onnxruntime.InferenceSession
+
+    def as_on_arm(*arguments: Any, disabled_optimizers: tuple[str, ...] = (), **more: Any) -> Any:
+        return real(*arguments, disabled_optimizers=[*disabled_optimizers, "NchwcTransformer"], **more)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", as_on_arm)
+    assert measure(tiny, batches())
+    assert "EP Error" not in capsys.readouterr().out

@@ -131,7 +131,7 @@ class BasicNet(nn.Module):
             return self.fc(nn.functional.adaptive_avg_pool2d(x, 1)).squeeze(3).squeeze(2)
         if self.head == "mean":
             return self.fc(x.mean((2, 3)))
-        x = nn.functional.avg_pool2d(x, x.shape[3])
+        x = nn.functional.avg_pool2d(x, int(x.shape[3]))  # a tensor for older tracers
         return self.fc(x.view(x.shape[0], -1))
 
 
@@ -415,6 +415,17 @@ def test_every_way_to_write_a_classifier_is_a_gemm(tmp_path: Path, preprocess: P
     assert graph.initializers(proto)[last.input[2]].shape == (CLASSES,)
 
 
+@pytest.mark.parametrize("shape", [None, [-1], [0, 1]])
+@pytest.mark.parametrize("batch", ["N", 1])
+def test_a_single_class(tmp_path: Path, preprocess: Preprocess, batch: int | str, shape: list[int] | None) -> None:
+    g = Graph([batch, 3, SIZE, SIZE])
+    x = g.add("Gemm", g.add("Flatten", simple(g)), g.random(8, 1))
+    path = g.save(tmp_path / "a.onnx", x if shape is None else g.add("Reshape", x, g.constant(shape, np.int64)))
+    proto = import_onnx(path, preprocess)
+    is_normal(proto, classes=1)
+    same(proto, run(path, noise(1)).reshape(1, 1), noise(1))
+
+
 def test_arithmetic_that_joins_no_layer_becomes_a_convolution(tmp_path: Path, preprocess: Preprocess) -> None:
     g = Graph(["N", 3, SIZE, SIZE])
     x = g.add("Sub", "images", g.constant(np.full((1, 3, 1, 1), 0.4)))
@@ -558,8 +569,9 @@ def test_a_wrong_graph_is_found_by_parity(
 def test_images_count_for_themselves(tmp_path: Path, preprocess: Preprocess) -> None:
     images = noise(2)
     images[1, 0, 0, 0] = np.nan
-    with pytest.raises(BuildError, match="nan dB on images"):
+    with pytest.raises(InputError, match="NaN or infinity") as error:
         import_onnx(torch_onnx(tiny_resnet(), tmp_path / "a.onnx"), preprocess, images=[images])
+    assert error.value.evidence == "for 1 of 2 images"
 
 
 def test_import_is_the_same_each_time_and_of_its_own_result(tmp_path: Path, preprocess: Preprocess) -> None:
@@ -637,6 +649,46 @@ def refused(path: Path, preprocess: Preprocess, cause: str, kind: type = InputEr
     return error.value
 
 
+def test_a_file_that_onnxruntime_cannot_run(tmp_path: Path, preprocess: Preprocess) -> None:
+    g = Graph(["N", 3, SIZE, SIZE])
+    x = g.conv("images", 3, 8, auto_pad="SAME_UPPER", dilations=[2, 2])  # ONNX has it, ONNX Runtime has not
+    path = g.save(tmp_path / "a.onnx", gemm(g, g.add("GlobalAveragePool", x)))
+    with pytest.raises(BuildError, match="cannot run") as error:
+        import_onnx(path, preprocess)
+    assert "SAME_UPPER" in error.value.evidence
+
+
+MALFORMED: dict[str, Callable[[Graph, str], str]] = {
+    "stride 0": lambda g, x: g.add("MaxPool", x, kernel_shape=[2, 2], strides=[0, 0]),
+    "one stride": lambda g, x: g.conv(x, 8, 8, strides=[2]),
+    "axis 7": lambda g, x: g.add("Transpose", x, perm=[0, 1, 2, 7]),
+    "step 0": lambda g, x: g.add("Slice", x, *(g.constant([n], np.int64) for n in (0, 9, 1, 0))),
+    "pads of two axes": lambda g, x: g.add("Pad", x, g.constant([0, 0, 1, 1], np.int64)),
+    "norm of 5 channels": lambda g, x: g.norm(x, 5),
+    "5 channels": lambda g, x: g.add("Add", x, g.random(5, 1, 1)),
+    "kept axis 5": lambda g, x: g.add("Reshape", x, g.constant([0, 0, 0, 0, 0], np.int64)),
+}
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_nodes_that_make_no_sense_are_named(tmp_path: Path, preprocess: Preprocess, kind: str) -> None:
+    g = Graph(["N", 3, SIZE, SIZE])
+    x = MALFORMED[kind](g, g.conv("images", 3, 8))
+    path = g.save(tmp_path / "a.onnx", gemm(g, g.add("GlobalAveragePool", g.add("Relu", x))))
+    with pytest.raises(BuildError, match="cannot read 1 of the file's nodes") as error:
+        import_onnx(path, preprocess)
+    assert f" {x}: is malformed" in error.value.evidence
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_network_that_computes_no_numbers(tmp_path: Path, preprocess: Preprocess, value: float) -> None:
+    g = Graph(["N", 3, SIZE, SIZE])
+    path = g.save(tmp_path / "a.onnx", g.add("Add", gemm(g, simple(g)), g.constant([value, 0, 0, 0])))
+    with pytest.raises(InputError, match="own network computes NaN or infinity") as error:
+        import_onnx(path, preprocess)
+    assert error.value.evidence == "for 8 of 8 images"
+
+
 def test_a_missing_file_and_a_cut_one(tmp_path: Path, preprocess: Preprocess) -> None:
     refused(tmp_path / "absent.onnx", preprocess, r"no ONNX file .*absent\.onnx")
     whole = torch_onnx(tiny_resnet(), tmp_path / "a.onnx").read_bytes()
@@ -659,6 +711,23 @@ def test_a_quantized_file(tmp_path: Path, preprocess: Preprocess) -> None:
     error = refused(path, preprocess, "already quantized")
     assert "QuantizeLinear" in error.evidence
     assert "import the FP32 model" in error.hint
+
+
+def test_a_classifier_for_another_input_size(tmp_path: Path) -> None:
+    g = Graph(["N", 3, None, None])
+    x = g.add("AveragePool", g.conv("images", 3, 8), kernel_shape=[30, 30])
+    path = g.save(tmp_path / "a.onnx", gemm(g, x))
+    import_onnx(path, Preprocess(crop=SIZE))
+    with pytest.raises(BuildError) as caught:
+        import_onnx(path, Preprocess(crop=SIZE + 1))
+    assert "takes 8 features and gets 32: is the input size the network's?" in caught.value.evidence
+
+
+def test_an_input_that_is_turned_around_whole(tmp_path: Path, preprocess: Preprocess) -> None:
+    g = Graph([None] * 4)
+    x = g.conv(g.add("Transpose", "images"), 3, 8)
+    with pytest.raises(BuildError, match="cannot read"):
+        import_onnx(g.save(tmp_path / "a.onnx", gemm(g, g.add("GlobalAveragePool", x))), preprocess)
 
 
 def test_all_unsupported_operators_in_one_error(tmp_path: Path, preprocess: Preprocess) -> None:

@@ -7,16 +7,17 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from conftest import batch, measure
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from rich.console import Console
 from test_quantize import logits
 
 from edgeres import graph, progress
 from edgeres.fidelity import decibels, squares
-from edgeres.fp16 import LARGEST, MARGIN, fp16, magnitudes
+from edgeres.fp16 import LARGEST, MARGIN, SCALES_OPSET, fp16, magnitudes, rounding
 from edgeres.quantize import SCHEMES, int8
 
 BLOCK = "layer1.1"
@@ -114,10 +115,22 @@ def test_a_last_layer_in_fp32_gives_the_logits_without_a_cast(tiny: Any) -> None
     assert [n.name for n in mixed.graph.node if n.op_type == "Cast"] == ["input.fp16", "flatten.fp32"]
 
 
-def test_magnitudes_are_the_largest_of_every_inner_tensor(tiny: Any) -> None:
+def test_logits_that_overflow_come_out_whole(tiny: Any) -> None:
+    constants, pixels = graph.initializers(tiny), batch().pixels
+    for name in ("fc.weight", "fc.bias"):
+        put(tiny, name, constants[name] * np.float32(60_000 / np.abs(constants["fc.weight"]).max()))
+    assert np.abs(logits(tiny, pixels)).max() > LARGEST
+    for model in (tiny, int8(tiny, measure(tiny, batch()), SCHEMES["tensorrt"], "minmax")):
+        mixed = fp16(model, magnitudes(tiny, pixels))
+        assert graph.metadata(mixed)["kept_fp32"] == ["fc"]
+        valid(mixed)
+        assert decibels(*squares(logits(tiny, pixels), in_half(mixed, pixels))) > 25
+
+
+def test_magnitudes_are_the_largest_of_every_tensor(tiny: Any) -> None:
     pixels = batch(6).pixels
     found = magnitudes(tiny, pixels)
-    assert set(found) == {o for n in tiny.graph.node for o in n.output} - {graph.OUTPUT} | {graph.INPUT}
+    assert set(found) == {o for n in tiny.graph.node for o in n.output} | {graph.INPUT}
     table = measure(tiny, batch(6))
     for name, r in table.tensors.items():
         assert found[name] == pytest.approx(max(-r.min, r.max), rel=1e-5)
@@ -206,3 +219,29 @@ def test_int8_weights_and_biases_convert_too(tiny: Any) -> None:
         TensorProto.UINT8,
     }
     assert np.isfinite(logits(half, batch().pixels)).all()
+
+
+def test_what_is_quantized_from_fp16_is_rounded() -> None:
+    """Whatever the version of ONNX Runtime: 1.18 to 1.23 do not by themselves."""
+    values = np.asarray([0.4, 0.6, 1.5, 2.5, -0.6, -1.9, 300, -300], np.float16)
+    constants = [
+        numpy_helper.from_array(np.float16(1), "scale"),
+        numpy_helper.from_array(np.int8(0), "zero"),
+    ]
+    made = helper.make_graph(
+        [helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT16, values.shape)],
+        [helper.make_tensor_value_info("y", TensorProto.INT8, values.shape)],
+        constants,
+    )
+    model = rounding(helper.make_model(made, opset_imports=[helper.make_opsetid("", SCALES_OPSET)], ir_version=9))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert session.run(None, {"x": values})[0].tolist() == [0, 1, 2, 2, -1, -2, 127, -128]
+    assert graph.count_ops(model) == {"Cast": 2, "QuantizeLinear": 1}
+
+
+def test_rounding_leaves_fp32_as_it_is(tiny: Any) -> None:
+    quantized = int8(tiny, measure(tiny, batch()), SCHEMES["tensorrt"], "minmax")
+    before = quantized.SerializeToString()
+    assert rounding(quantized).SerializeToString() == before

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from edgeres.calibrate import RangeTable, TensorRange
 from edgeres.errors import InputError, StaleError, UsageError
 from edgeres.export import export_onnx, trace
 from edgeres.fidelity import decibels, squares
+from edgeres.fp16 import rounding
 from edgeres.job import Job
 from edgeres.loader import Batch
 from edgeres.model import resnet50
@@ -33,7 +35,8 @@ def logits(model: Any, pixels: np.ndarray, *, optimize: bool = True) -> np.ndarr
     options = onnxruntime.SessionOptions()
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    content = rounding(copy.deepcopy(model)).SerializeToString()
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     return np.asarray(session.run([graph.OUTPUT], {graph.INPUT: pixels})[0])
 
 
@@ -210,7 +213,7 @@ def test_a_channel_of_zeros_gets_scale_1() -> None:
     integers, scale = quantize_weight(weight, SCHEME, np.zeros(2, np.float32), np.float32(0.02))
     np.testing.assert_array_equal(integers, [[0, 0], [127, -64]])
     assert scale[0] == 1
-    assert scale[1] == np.float32(1) / 127
+    assert scale[1] == np.float32(1 / 127)
 
 
 @pytest.mark.parametrize("rule", WEIGHTS)
@@ -418,6 +421,17 @@ def test_a_missing_tensor_is_named(tiny: Any, table: RangeTable) -> None:
     partial = replace(table, tensors=tensors)
     with pytest.raises(InputError, match=r"does not cover tensor layer2\.0\.downsample\.0"):
         int8(tiny, partial, SCHEME, "minmax")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_constant_of_two_layers_is_refused(tiny_path: Path, scheme: str, part: str) -> None:
+    model = graph.load(tiny_path)
+    for node in model.graph.node:
+        node.input[:] = [n.replace(f"layer1.1.conv2.{part}", f"layer1.0.conv2.{part}") for n in node.input]
+    with pytest.raises(InputError, match=r"cannot quantize Conv layer1\.0\.conv2") as error:
+        int8(model, measure(model, batch(2)), SCHEMES[scheme], "minmax")
+    assert error.value.evidence == f"it shares layer1.0.conv2.{part} with layer1.1.conv2"
 
 
 def test_a_fully_connected_layer_of_another_layout_is_refused(tiny_path: Path) -> None:

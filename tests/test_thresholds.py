@@ -182,6 +182,19 @@ def test_mse_clips_less_where_clipping_weighs_more(kind: str, monkeypatch: pytes
     assert mse(r, STEPS)[1] < weighed <= r.max
 
 
+@pytest.mark.parametrize("kind", ["normal", "positive", "negative"])
+@pytest.mark.parametrize("distance", [100, 200])
+def test_mse_lets_go_of_single_values_far_beyond_millions_of_others(kind: str, distance: float) -> None:
+    values = draw(kind)
+    far = [sign * distance for sign in (-1, 1) if (sign * values).max() > 0]
+    r = measure(np.append(values, np.float32(far)))
+    common = np.abs((r.edges()[:-1] + r.edges()[1:]) / 2) < 30
+    r.histogram[common] *= 1000
+    r.count = int(r.histogram.sum())
+    lo, hi = mse(r, STEPS)
+    assert max(-lo, hi) < 1.2 * np.abs(values).max() + r.limit / BINS
+
+
 def test_mse_does_not_count_exact_zeros() -> None:
     values = draw("heavy-relu", 20_000)
     padded = np.concatenate([values, np.zeros(10 * values.size, np.float32)])
