@@ -7,6 +7,9 @@ READY := .venv/ready
 BASE := .venv-base/ready
 # what a device without a GPU has: the base dependencies and ONNX Runtime
 DEVICE := .venv-device/ready
+# constraints.txt pins what needs Python 3.11; edgeres itself runs on 3.10
+NEW_ENOUGH = $(PYTHON) -c "import sys; sys.version_info < (3, 11) and sys.exit('development needs Python 3.11 or newer,\
+ and $(PYTHON) is %d.%d: make PYTHON=python3.11 $(MAKECMDGOALS)' % sys.version_info[:2])"
 
 .PHONY: help demo test test-slow gpu-check check format clean
 
@@ -38,17 +41,20 @@ clean:               ## remove the environments and everything built
 	rm -rf .venv .venv-base .venv-device .venv-gpu dist engines/out .mypy_cache .pytest_cache .ruff_cache
 
 $(READY): pyproject.toml constraints.txt
+	@$(NEW_ENOUGH)
 	@echo "setting up .venv (once)"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
 $(BASE): pyproject.toml constraints.txt
+	@$(NEW_ENOUGH)
 	@$(PYTHON) -m venv .venv-base
 	@.venv-base/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
 
 $(DEVICE): pyproject.toml constraints.txt
+	@$(NEW_ENOUGH)
 	@$(PYTHON) -m venv .venv-device
 	@.venv-device/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . onnxruntime
 	@touch $@

@@ -50,9 +50,14 @@ def timed(function: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, value
 
 
+def ratios(times: list[float], to: list[float]) -> list[float]:
+    """Ratio within each round: how far they scatter says how quiet the machine was."""
+    return [t / o for t, o in zip(times, to, strict=True)]
+
+
 def ratio(times: list[float], to: list[float]) -> float:
     """Median of the ratios within each round."""
-    return median(t / o for t, o in zip(times, to, strict=True))
+    return median(ratios(times, to))
 
 
 def make_model(path: Path) -> Path:

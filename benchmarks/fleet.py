@@ -22,7 +22,7 @@ from typing import Any
 from unittest.mock import patch
 
 import ray
-from common import alone, conduct, make_model, ratio, timed, write_noise
+from common import alone, conduct, make_model, ratio, ratios, timed, write_noise
 
 from edgeres import graph, imagenet, lineup, machine, pipeline
 from edgeres.build import Engine
@@ -103,6 +103,7 @@ def validations(args: argparse.Namespace, root: Path) -> dict[str, Any]:
         "rounds": args.rounds,
         "seconds": {name: median(values) for name, values in seconds.items()},
         "overhead": {name: ratio(seconds[name], seconds["plain"]) for name in ("ray", "ray, started")},
+        "overheads": {name: ratios(seconds[name], seconds["plain"]) for name in ("ray", "ray, started")},
         "bar": BAR,
         "images_per_second": {name: median(values) if values else None for name, values in workers.items()},
         "second_worker": ratio(workers["2"], workers["1"]) if workers["1"] else None,
@@ -202,8 +203,11 @@ def show(result: dict[str, Any]) -> None:
     """Print small tables."""
     print(f"{result['images']:,} images at {result['input_size']}, {result['machine']['cpu']}\n")
     for name, seconds in result["seconds"].items():
-        cost = result["overhead"].get(name)
-        print(f"{name:24}{seconds:>10.2f} s" + (f"{cost:>10.3f} of plain" if cost else ""))
+        cost = ""
+        if name in result["overhead"]:
+            each = result["overheads"][name]
+            cost = f"{result['overhead'][name]:>10.3f} of plain ({min(each):.3f} to {max(each):.3f})"
+        print(f"{name:24}{seconds:>10.2f} s{cost}")
     print(f"bar: {result['bar']}\n")
     for name, rate in result["images_per_second"].items():
         print(f"{name} worker{'s' * (name != '1'):2}of one core{'':6}" + (f"{rate:>10.1f} images/s" if rate else "-"))

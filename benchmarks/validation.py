@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 from unittest.mock import patch
 
-from common import conduct, make_model, timed, write_noise
+from common import conduct, make_model, ratio, ratios, timed, write_noise
 
 from edgeres import graph, lineup, machine, pipeline
 from edgeres.baseline import preprocess_of
@@ -66,7 +66,6 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
             seconds, (result,) = timed(lambda: pipeline.validate_engines(job, engines[1:]))
             validated.append(seconds)
             bare.append(timed(lambda: run(engines[1], images, preprocess))[0])
-    ratios = [a / b for a, b in zip(validated, bare, strict=True)]
     answers = root / "engines" / "out" / "answers"
     return {
         "images": result["images"],
@@ -74,8 +73,8 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
         "input_size": preprocess.crop,
         "rounds": args.rounds,
         "seconds": {"first": first, "second": median(validated), "bare": median(bare)},
-        "ratio": median(ratios),
-        "ratios": ratios,
+        "ratio": ratio(validated, bare),
+        "ratios": ratios(validated, bare),
         "bar": BAR,
         "kept_mb": sum(path.stat().st_size for path in answers.rglob("*") if path.is_file()) / 1e6,
         "machine": machine.describe(),

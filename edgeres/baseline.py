@@ -10,7 +10,7 @@ import numpy as np
 
 from edgeres import graph
 from edgeres.errors import InputError, UsageError
-from edgeres.files import sha256_file, to_json
+from edgeres.files import refuse_replacing, sha256_file, to_json
 from edgeres.images import PRESETS, preset
 from edgeres.job import BATCH, Job
 from edgeres.layouts import open_images
@@ -35,6 +35,7 @@ def export(job: Job, output: Path | None = None) -> Path:
     record = weights.published(section.weights, section.depth, section.variant)
     preprocess = with_defaults(job.recipe, record.preprocess) if record else job.recipe.preprocess
     path = weights.locate(section.weights, section.depth, section.variant)
+    refuse_replacing(output or job.fp32, path)
     if path.suffix == ".onnx":  # published as ONNX only
         return import_model(job, path, preprocess, output, section.weights, record.license if record else None)
     with busy(f"load {path.name}"):
@@ -100,6 +101,7 @@ def import_model(
     """
     from edgeres.foreign import import_onnx
 
+    refuse_replacing(output or job.fp32, path)
     section = job.recipe.model
     pixels = sample_images(job, preprocess)[:BATCH]
     images = [_fill(pixels, section.batch)] if len(pixels) else []

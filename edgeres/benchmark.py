@@ -183,7 +183,7 @@ def measure(
     changes = sensors.changed(before, after)
     for record in records.values():
         record["stable"] = record["stable"] and not changes
-    _add_energy(records, sides, pixels[:first], plan.seconds or SECONDS)
+    unknown = _add_energy(records, sides, pixels[:first], plan.seconds or SECONDS)
     affinity = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     return {
         "format": FORMAT,
@@ -193,7 +193,7 @@ def measure(
         "runners": records,
         "speedup": faster,
         "sweep": sweep,
-        "left_out": left_out(records) if plan.tail else [],
+        "left_out": [*left_out(records), *unknown] if plan.tail else [],
         "conditions": {"before": before, "after": after, "warnings": changes},
         "machine": {**machine.describe(), "affinity": affinity, "threads": threads},
     }
@@ -380,18 +380,21 @@ def _slice(side: list[Runner], pixels: np.ndarray) -> Turn:
 
 def _add_energy(
     records: dict[str, dict[str, Any]], sides: dict[str, list[Runner]], pixels: np.ndarray, seconds: float
-) -> None:
-    """What an image costs while each runner works alone, after all have rested; None where no sensor tells."""
-    rest = None
+) -> list[str]:
+    """What an image costs while each runner works alone, after all have rested -> why not, where no sensor tells."""
+    rest, unknown = None, {}
     for name, side in sides.items():
-        turn, calls, spent = _turn(side, pixels), 0, 0.0
-        with sensors.energy(gpu=hasattr(side[0], "split"), idle_watts=rest) as meter:
+        turn, calls, spent, on_gpu = _turn(side, pixels), 0, 0.0, hasattr(side[0], "split")
+        with sensors.energy(gpu=on_gpu, idle_watts=rest) as meter:
             while meter is not None and spent < seconds:
                 times, took = turn()
                 calls, spent = calls + len(times), spent + took
         if meter is not None:
             rest = meter.idle_watts
             records[name]["energy"] = meter.record(calls * len(pixels))
+        else:
+            unknown[f"no energy per image: {sensors.why_no_energy(gpu=on_gpu)}"] = True
+    return list(unknown)
 
 
 def _threads() -> int | None:

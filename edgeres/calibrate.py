@@ -147,7 +147,7 @@ class RangeTable:
         changed = [key for key, value in made_from.items() if self.made_from.get(key) != value]
         if changed:
             raise StaleError(
-                f"the range table was made from another {' and another '.join(changed)}",
+                f"the range table is not of the same {' and '.join(changed)}",
                 evidence="\n".join(
                     f"{k}: table {self.made_from.get(k, 'none')[:12]}, here {made_from[k][:12]}" for k in changed
                 ),

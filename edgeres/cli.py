@@ -82,7 +82,7 @@ def pack(show: Any, source: str, like: str | None, model: Path | None, skip_bad:
     images = open_images(at, recipe.validation.labels)
     # the limit of the workspace is for judging, not for packing: only a flag counts
     limit = click.get_current_context().meta.get("flags", {}).get("validation", {}).get("limit")
-    path = output or Path(f"{at.name}.pack")
+    path = output or Path(f"{at.resolve().name if at == Path() else at.name}.pack")
     packed = write_pack(images.subset(limit, recipe.seed), preprocess, path, skip_bad=skip_bad)
     progress.say(f"{path}: {len(packed):,} of {len(images):,} images")
     show({"pack": str(path), "images": len(packed), "preprocess": preprocess.to_json()}, str(path))
@@ -97,19 +97,23 @@ def calibrate(show: Any, output: Path | None, **options: Any) -> None:
     show({"table": str(path)}, str(path))
 
 
-@command(*NETWORK, *QUANTIZE, "output", resumes=True)
+@command(*NETWORK, *QUANTIZE, "build", "output", resumes=True)
 def quantize(show: Any, output: Path | None, **options: Any) -> None:
     """FP32 ONNX + range table -> typed ONNX for a target."""
     from edgeres import graph
+    from edgeres.recipe import ON_DEVICE
     from edgeres.trtexec import trtexec
     from edgeres.typed import quantize_model, target_of
 
     work = job(**options)
     path = quantize_model(work, output)
     value = {"onnx": str(path), **graph.metadata(graph.load(path))}
-    if (target := target_of(work)).executor == "tensorrt":
+    # for a graph that TensorRT calibrates by itself trtexec has no images: it would take noise
+    if (target := target_of(work)).executor == "tensorrt" and work.recipe.calibration.method not in ON_DEVICE:
         value["trtexec"] = trtexec(path, value["precision"], target, value["preprocess"]["crop"], value["batch"])
         progress.say(f"where edgeres itself does not run: {value['trtexec']}")
+        if target.implicit and value["precision"] == "int8":  # NVIDIA/TensorRT: issue 1378, RndInt8Calibrator
+            progress.say(f"with TensorRT {target.tensorrt} alone: another skips the cache, and trtexec takes noise")
     show(value, str(path))
 
 
@@ -199,10 +203,12 @@ def benchmark(
     from edgeres import lineup, loadgen
     from edgeres.benchmark import Plan
     from edgeres.build import Engine
-    from edgeres.files import write_json
+    from edgeres.files import require_writable, write_json
     from edgeres.latency import table
 
     work = job(**options)
+    if output:
+        require_writable(output)
     loaded = [Engine.load(path) for path in engines or (work.folder,)]
     said = click.get_current_context().meta.get("flags", {}).get("validation", {})
     if scenario and (batches or streams or preset):
@@ -234,12 +240,14 @@ def run(show: Any, recipe: Path, output: Path | None, **options: Any) -> None:
     import shutil
 
     from edgeres import pipeline
-    from edgeres.files import write_json
+    from edgeres.files import refuse_replacing, require_writable, write_json
     from edgeres.outcomes import beside
 
     work = job(recipe=recipe, **options)
     if output:
         pipeline.refuse_overwriting(work, [output])
+        refuse_replacing(beside(output), beside(work.folder / "result.json"))
+        require_writable(output)
     results = pipeline.run(work, (work.recipe.engine.precision,))
     if output:
         write_json(output, results)

@@ -15,6 +15,7 @@ import numpy as np
 from edgeres.errors import InputError, need
 from edgeres.files import digest, sha256_file
 from edgeres.images import decode
+from edgeres.machine import cores
 from edgeres.recipe import Preprocess
 from edgeres.remote import Address, Place
 
@@ -114,7 +115,7 @@ class ImageSet:
 def threaded(function: Callable[[S], T], items: Iterable[S], ahead: int = 1024) -> Iterator[T]:
     """``map`` over threads, in order; at most ``ahead`` results wait at a time."""
     rest = iter(items)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         while some := list(islice(rest, ahead)):
             yield from pool.map(function, some)
 

@@ -19,6 +19,7 @@ from edgeres.errors import need
 from edgeres.images import open_image, to_rgb
 from edgeres.pack import Pack
 from edgeres.progress import track
+from edgeres.remote import Unreachable
 
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 SHOWN = 5
@@ -53,7 +54,7 @@ def check(images: ImageSet, other: ImageSet | None = None, classes: int | None =
         if look.sha256:
             groups[look.sha256].append(name)
     seen = [look for look in looks if look.format]
-    known = classes or len(images.classes) or None
+    known = len(images.classes) or classes
     return {
         "images": len(images),
         "source": _shown(str(images.root)),
@@ -98,6 +99,8 @@ def _look(images: ImageSet, i: int) -> Look:
             rotated = image.getexif().get(ORIENTATION, 1) != 1
             to_rgb(image)
         return Look(digest, size, mode, kind, rotated)
+    except Unreachable:  # says nothing about the image
+        raise
     except Exception as error:  # a damaged file can raise anything from an image library
         return Look(digest, reason=str(error).partition("\n")[0] or type(error).__name__)
 
@@ -142,6 +145,8 @@ def _hashes(images: ImageSet) -> Iterable[str]:
         try:
             with images.open(i) as f:
                 return sha256(f.read()).hexdigest()
+        except Unreachable:
+            raise
         except Exception:  # an unreadable image of the other set is no image of this one
             return ""
 

@@ -49,7 +49,9 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
-def require_writable(path: Path) -> None:
+def require_writable(
+    path: Path, hint: str = "give -o a file in a folder where you may write, on a disk with room"
+) -> None:
     """`InputError` unless a file can be made at ``path``, whose folder is made: to look before work, not after it."""
     try:
         temporary = _beside(path)
@@ -58,8 +60,13 @@ def require_writable(path: Path) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        hint = "give -o a file in a folder where you may write, on a disk with room"
         raise InputError(f"cannot write {path}", evidence=error.strerror or str(error), hint=hint) from error
+
+
+def refuse_replacing(path: Path, source: Path) -> None:
+    """`UsageError` if writing ``path`` would replace ``source``, from which it is made."""
+    if path.resolve() == source.resolve():
+        raise UsageError(f"{path} would take the place of what it is made from", hint="give one of them another name")
 
 
 def _beside(path: Path) -> Path:
@@ -89,6 +96,10 @@ def atomic(path: Path) -> Iterator[Path]:
         with writing(path):
             yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename == os.fspath(temporary):  # a name that the user knows
+            error.filename = os.fspath(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

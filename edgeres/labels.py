@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Iterator, Sequence
 
 from edgeres import imagenet
@@ -77,7 +78,8 @@ def csv_rows(path: Place, names: tuple[str, ...], labels: tuple[str, ...]) -> It
     text = read_text(path)
     header = text.partition("\n")[0]
     separator = max(",;\t", key=header.count)
-    reader = csv.reader(text.splitlines(keepends=True), delimiter=separator, strict=True)
+    # not splitlines, which cuts at a form feed and at line separators of Unicode, too
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
         headings = [heading.strip() for heading in next(reader, [])]
         columns = [_column(headings, wanted) for wanted in (names, labels)]

@@ -170,7 +170,11 @@ def _class_folders(root: Place, found: dict[str, list[str]], labels: Place | Non
     if labels is not None:
         index = {name: i for i, name in enumerate(read_names(labels))}
         if unknown := [name for name in found if name not in index]:
-            raise InputError(f"class folder {unknown[0]!r} is not in the labels file", evidence=f"in {root}")
+            raise InputError(
+                f"class folder {unknown[0]!r} is not in the labels file",
+                evidence=f"in {root}; {labels} has {', '.join(map(repr, list(index)[:3]))}{', ...' * (len(index) > 3)}",
+                hint="the file names each class as its folder is called, one per line, in the model's order",
+            )
         names: Sequence[str] = tuple(index)
     else:
         if set(map(str.lower, found)) <= SPLITS:

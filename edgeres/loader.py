@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +13,7 @@ import numpy as np
 
 from edgeres.data import ImageSet
 from edgeres.errors import InputError, UsageError
+from edgeres.machine import cores as cores
 from edgeres.recipe import Preprocess
 from edgeres.remote import Unreachable
 
@@ -177,11 +177,6 @@ class _Memory:
 
     def __del__(self) -> None:
         self.free.append(self.block)
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def refuse_bad(images: ImageSet, bad: list[tuple[str, str]]) -> None:

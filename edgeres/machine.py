@@ -13,11 +13,17 @@ import edgeres
 from edgeres import devices
 
 ARM = {
+    ("0x41", "0xd08"): "Arm Cortex-A72",
+    ("0x41", "0xd0b"): "Arm Cortex-A76",
+    ("0x41", "0xd0c"): "Arm Neoverse-N1",
+    ("0x41", "0xd40"): "Arm Neoverse-V1",
     ("0x41", "0xd42"): "Arm Cortex-A78AE",  # Orin
+    ("0x41", "0xd49"): "Arm Neoverse-N2",
+    ("0x41", "0xd4f"): "Arm Neoverse-V2",
     ("0x41", "0xd83"): "Arm Neoverse-V3AE",  # Thor
     ("0x4e", "0x004"): "NVIDIA Carmel",  # Xavier
 }
-"""Implementer and part -> name, of Jetsons: Linux gives no name on Arm (its arch/arm64/include/asm/cputype.h)."""
+"""Implementer and part -> name: Linux gives numbers only on Arm (its arch/arm64/include/asm/cputype.h)."""
 
 
 def cpu_info() -> dict[str, str]:
@@ -36,6 +42,11 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(info.get("flags", info.get("Features", "")).split())
 
 
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def describe() -> dict[str, Any]:
     """Processor, cores that this process may use, the instruction sets that matter for INT8, and the load.
 
@@ -43,7 +54,8 @@ def describe() -> dict[str, Any]:
     """
     interesting = {"avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm"}
     info, jetson = cpu_info(), devices.jetson()
-    name = info.get("model name") or ARM.get((info.get("CPU implementer", ""), info.get("CPU part", "")))
+    numbers = (info.get("CPU implementer", ""), info.get("CPU part", ""))
+    arm = ARM.get(numbers) or (f"Arm, implementer {numbers[0]}, part {numbers[1]}" if all(numbers) else "")
     more = {
         "gpus": [asdict(gpu) for gpu in devices.gpus()],
         "cuda": devices.driver(),
@@ -52,8 +64,8 @@ def describe() -> dict[str, Any]:
     }
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": name or platform.processor() or "unknown",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu": info.get("model name") or arm or platform.processor() or "unknown",
+        "cores": cores(),
         "instruction_sets": sorted(cpu_flags() & interesting),
         "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         **{key: value for key, value in more.items() if value},

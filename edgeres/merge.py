@@ -53,6 +53,7 @@ def merge(paths: Sequence[Path], output: Path, root: Path) -> dict[str, Any]:
         **verdict.judge(budget, accepted, whole, first["provenance"]["digests"]["images"]),
         "shard": None,
         "skipped": _skipped(records, rows),
+        "notes": [*result.doubts(measured), *first["notes"]],  # in the order of one run
     }
     digests = {**first["provenance"]["digests"], "outcomes": whole.save(beside(output))}
     merged["provenance"] = {**first["provenance"], "digests": digests}

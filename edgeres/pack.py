@@ -23,7 +23,7 @@ import numpy as np
 
 from edgeres.data import ImageSet
 from edgeres.errors import EdgeresError, InputError
-from edgeres.files import alone, digest, read_json, write_json, writing
+from edgeres.files import alone, digest, read_json, require_writable, write_json, writing
 from edgeres.loader import read_ahead, recycled, refuse_all_bad, refuse_bad
 from edgeres.pixels import PAGE, VERSION, Header, Pixels, damaged, open_pixels
 from edgeres.progress import say, track
@@ -137,6 +137,7 @@ def write_pack(images: ImageSet, preprocess: Preprocess, path: str | Path, *, sk
     bounded by a few batches.
     """
     path = Path(path)
+    require_writable(path)
     images.require(preprocess)
     record = {
         "preprocess": preprocess.to_json(),

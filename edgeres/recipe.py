@@ -56,10 +56,11 @@ def one_of(what: str, value: str | int, choices: tuple[str | int, ...]) -> None:
         raise UsageError(f"unknown {what} {value!r}", hint=f"{guess}choose from: {', '.join(names)}")
 
 
-def at_least(what: str, value: float | None, least: float) -> None:
-    """Raise `UsageError` if ``value`` is given and below ``least``."""
-    if value is not None and not value >= least:  # nor NaN
-        raise UsageError(f"{what} is {value}", hint=f"it must be at least {least}")
+def at_least(what: str, value: float | None, least: float, most: float = math.inf) -> None:
+    """Raise `UsageError` if ``value`` is given and below ``least``, or above ``most``."""
+    if value is not None and not least <= value <= most:  # nor NaN
+        hint = f"it must be at least {least}" + f", and at most {most}" * (most < math.inf)
+        raise UsageError(f"{what} is {value}", hint=hint)
 
 
 @dataclass(frozen=True)
@@ -201,11 +202,8 @@ class Budget:
     max_loss: float = 0.0
 
     def __post_init__(self) -> None:
-        at_least("budget.max_drop", self.max_drop, 0)
-        at_least("budget.min_relative", self.min_relative, 0)
-        at_least("budget.max_loss", self.max_loss, 0)
-        if self.min_relative is not None and self.min_relative > 100:
-            raise UsageError(f"budget.min_relative is {self.min_relative}", hint="it is a percentage: 99, for example")
+        for key in ("max_drop", "min_relative", "max_loss"):  # points and percent
+            at_least(f"budget.{key}", getattr(self, key), 0, 100)
 
     @property
     def given(self) -> list[str]:
@@ -239,7 +237,7 @@ def with_defaults(recipe: Recipe, preprocess: Preprocess) -> Preprocess:
     """``preprocess``, which comes with the weights, under what files and flags said of it."""
     said = recipe.said.get("preprocess", {})
     record = preprocess.to_json()
-    if "crop" in said:
+    if said.get("crop", preprocess.crop) != preprocess.crop:
         del record["resize"]  # belongs to the other crop: back to the usual ratio
     return from_dict(Preprocess, {**record, **said})
 
@@ -346,7 +344,8 @@ def read_toml(path: Path, root: Path, below: dict[str, Any]) -> dict[str, Any]:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"cannot read recipe {path}", evidence=error.strerror or str(error)) from error
+        hint = "give a TOML file with the keys of edgeres.toml: docs/recipes.md"
+        raise InputError(f"cannot read recipe {path}", evidence=error.strerror or str(error), hint=hint) from error
     except ValueError as error:  # TOML syntax, or bytes that are not UTF-8
         raise UsageError(f"{path} is not valid TOML", evidence=str(error)) from error
     from_dict(Recipe, merge(below, values), f" in {path}")  # before the next layer, so that an error names this file
@@ -363,7 +362,10 @@ def resolve(path: str, root: Path) -> str:
     """``path`` against ``root``. An address stays as it is, and so does a bare word that is no file: "imagenet"."""
     if is_address(path):
         return path
-    full = root / Path(path).expanduser()
+    try:
+        full = root / Path(path).expanduser()
+    except RuntimeError as error:  # nobody of that name, or a user without a home, as in containers
+        raise UsageError(f"where {path} is cannot be known", evidence=str(error), hint="write the path out") from error
     return path if Path(path).parent == Path() and not Path(path).suffix and not full.exists() else str(full)
 
 

@@ -16,6 +16,7 @@ from edgeres.outcomes import ABSENT, Outcomes
 from edgeres.recipe import Preprocess
 from edgeres.statistics import holm, mcnemar, paired, wilson
 from edgeres.validate import Comparison, Shard
+from edgeres.words import number
 
 FORMAT = "edgeres result 2"
 FORMER = "edgeres result 1"
@@ -63,7 +64,7 @@ def result(
         "latency": latency,
         "layers": [{"name": n, "sqnr_db": db} for n, db in engine.get("layers", {}).items()] or None,
         "ranges": engine.get("ranges") or None,
-        "notes": engine["fusion"]["notes"],
+        "notes": [*([] if shard else doubts(measured)), *engine["fusion"]["notes"]],
         "provenance": {
             "digests": {**digests, "engine": engine["sha256"]},
             "preprocess": engine["preprocess"],
@@ -73,6 +74,24 @@ def result(
             "machine": machine.describe(),
         },
     }
+
+
+def doubts(measured: dict[str, Any]) -> list[str]:
+    """Says where FP32 itself knows nothing of the images, so that no drop from it proves anything.
+
+    It does where FP32 is not shown to be right more often than who always answers with the commonest class, and is
+    shown to be wrong on three of four: labels in another order look like that, and so does another preprocess.
+    """
+    if not measured["labels"]:
+        return []
+    best_blind = max(row["images"] for row in measured["classes"]) / measured["images"]
+    low, high = measured["baseline"]["top1_interval"]
+    if low > 100 * best_blind or high > 25:
+        return []
+    top1 = number(measured["baseline"]["top1"])
+    return [
+        f"FP32 itself is right on only {top1} % of the images, as by chance: are labels and preprocess the model's?"
+    ]
 
 
 def measured(rows: Outcomes, path: Callable[[int], str], name: Callable[[int], str | None]) -> dict[str, Any]:
@@ -173,7 +192,9 @@ def load(path: Path) -> list[dict[str, Any]]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot read result {path}", evidence=str(error)) from error
+        evidence = (isinstance(error, OSError) and error.strerror) or str(error)
+        hint = "give an engine folder, or a result.json: `edgeres validate` writes it beside the engine"
+        raise InputError(f"cannot read result {path}", evidence=evidence, hint=hint) from error
     records = value if isinstance(value, list) else [value]
     if not records:
         raise InputError(f"{path} holds no results")

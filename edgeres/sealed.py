@@ -66,7 +66,7 @@ def write(path: Path, members: Mapping[str, Path | bytes], sign_with: Path | Non
         raise InputError(f"cannot write {path}", evidence=f"{len(members)} members are too many", hint="give fewer")
     first: dict[str, bytes] = {SUMS: sums} | ({SIGNATURE: signature.sign(sums, sign_with)} if sign_with else {})
     need = sum(size + 2 * BLOCK for size in sizes.values()) + len(sums) + 10 * BLOCK
-    with _room(path.parent, need, "write a bundle"), atomic(path) as temporary, open(temporary, "wb") as out:
+    with _room(path.parent, need, "write a bundle", "-o"), atomic(path) as temporary, open(temporary, "wb") as out:
         for name, source in (first | dict(members)).items():
             size = len(source) if isinstance(source, bytes) else sizes[name]
             out.write(_header(name, size))
@@ -103,7 +103,7 @@ class Sealed:
         must be one, by one of these keys.
         """
         keys = signature.public_keys(signed_by) if signed_by else None
-        with _open(path) as file:
+        with _open(path, "give the file that `edgeres bundle` wrote") as file:
             walk = _walk(file, path)
             sums = _small(file, path, next(walk))
             digests = _digests(sums, path)
@@ -162,7 +162,7 @@ class Sealed:
         temporary = temporary_name(folder)
         need = sum(member.size + 2 * PAGE for member in self.members.values())
         try:
-            with _room(folder.parent, need, "unpack"):
+            with _room(folder.parent, need, "unpack", "--work"):
                 self._unpack(temporary)
             if folder.exists():
                 shutil.rmtree(folder)
@@ -210,11 +210,11 @@ def _refusal(path: Path, evidence: str, cause: str = "is not as it was made") ->
     )
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path, hint: str = "") -> IO[bytes]:
     try:
         return open(path, "rb")
     except OSError as error:
-        raise InputError(f"cannot read {path}", evidence=error.strerror or str(error)) from error
+        raise InputError(f"cannot read {path}", evidence=error.strerror or str(error), hint=hint) from error
 
 
 def _copy(source: IO[bytes], size: int, out: IO[bytes]) -> str:
@@ -249,13 +249,13 @@ def _locked(folder: Path, wait: bool) -> Iterator[bool]:
 
 
 @contextmanager
-def _room(folder: Path, need: int, to: str) -> Iterator[None]:
-    """`EdgeresError` unless ``folder`` has ``need`` bytes of room, and if it runs out of it nevertheless."""
+def _room(folder: Path, need: int, to: str, option: str) -> Iterator[None]:
+    """`EdgeresError` unless ``folder``, which ``option`` names, has ``need`` bytes of room, or if it runs out of it."""
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         evidence = f"{there} is a file" if not there.is_dir() else f"{there} cannot be written"
-        raise EdgeresError(f"cannot {to} in {folder}", evidence=evidence, hint="name another folder")
-    cause, hint = f"no room to {to} in {folder}", "make room there, or name a folder on another disk"
+        raise EdgeresError(f"cannot {to} in {folder}", evidence=evidence, hint=f"name another folder with {option}")
+    cause, hint = f"no room to {to} in {folder}", f"make room there, or name another disk with {option}"
     if (free := shutil.disk_usage(there).free) < need:
         raise EdgeresError(cause, evidence=f"it takes {need:,} bytes, {free:,} are free", hint=hint)
     try:

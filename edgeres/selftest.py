@@ -85,7 +85,7 @@ def require_fit(bundle: Bundle, target: str | None) -> str:
         raise InputError(
             f"{path} is for {name}, not for {target}", hint=f"`edgeres bundle --target {target}` makes one"
         )
-    elsewhere = f"test it on a device that {name} is for; `edgeres doctor` says what this one is"
+    elsewhere = f"`edgeres doctor` says what this device is, and lacks; the bundle is for {name}"
     version = build.installed(name, bundle.target, elsewhere)
     jetson = devices.jetson()
     board = board_of(jetson)

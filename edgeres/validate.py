@@ -24,6 +24,8 @@ from edgeres.runners import Runner
 from edgeres.statistics import mcnemar, paired
 
 UNREADABLE = "it could not be read"
+BASELINE = "the FP32 baseline"
+"""What the FP32 model is called in errors."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class Question:
     @property
     def names(self) -> list[str]:
         """What the FP32 model and each engine are called in errors."""
-        return ["the FP32 baseline", *(f"engine {engine.path.parent.name}" for engine in self.engines)]
+        return [BASELINE, *(f"engine {engine.path.parent.name}" for engine in self.engines)]
 
     def refuse_overlap(self, hashes: Sequence[str]) -> None:
         """Raise `InputError` if one of the images was calibrated on: an engine judged on those looks better than it is.
@@ -279,7 +281,7 @@ def compare(baseline: Runner, engines: dict[str, Runner], batches: Iterable[Batc
     """Run baseline and every engine on the same ``batches``; nothing is kept."""
     parts: dict[str, list[Outcomes]] = {name: [] for name in engines}
     for batch in batches:
-        reference = _infer("the FP32 baseline", baseline, batch.pixels, batch.index)
+        reference = _infer(BASELINE, baseline, batch.pixels, batch.index)
         check_labels(batch.labels, reference.shape[1])
         for name, runner in engines.items():
             logits = _infer(f"engine {name}", runner, batch.pixels, batch.index)
@@ -291,9 +293,12 @@ def _infer(who: str, runner: Runner, pixels: np.ndarray, index: np.ndarray) -> n
     logits = runner.infer(pixels)
     if not np.isfinite(logits).all():
         bad = index[~np.isfinite(logits).all(1)]
+        hint = "a value overflows in this precision; build with another --precision"
+        if who == BASELINE:
+            hint = "check the weights and the preprocess: nothing can be compared with such answers"
         raise BuildError(
             f"{who} computes NaN or infinity",
             evidence=f"on {len(bad)} of {len(logits)} images, first image {bad[0]} of the set",
-            hint="a value overflows in this precision; build with another --precision",
+            hint=hint,
         )
     return logits

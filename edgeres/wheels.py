@@ -26,6 +26,8 @@ MADE_HERE = {"INSTALLER", "REQUESTED", "RECORD", "direct_url.json"}
 """Files of the metadata that an installer writes, and no wheel has."""
 OLD_MANYLINUX = {"manylinux1": (2, 5), "manylinux2010": (2, 12), "manylinux2014": (2, 17)}
 """glibc that these platform tags ask for (PEP 600)."""
+USUAL_GLIBC = ((2, 39), (2, 35), (2, 34), (2, 31), (2, 28))
+"""What newer wheels are built for: OpenVINO's for 64-bit Arm ask for 2.31 and 2.35, where others ask for 2.28."""
 EPOCH = (1980, 1, 1, 0, 0, 0)
 """The time of every file in a wheel: the first that zip knows."""
 
@@ -70,6 +72,12 @@ def _on(platform: str, python: Python, alike: bool) -> bool:
     found = re.fullmatch(r"manylinux_(\d+)_(\d+)", name)
     needed = (int(found[1]), int(found[2])) if found else OLD_MANYLINUX.get(name)
     return name != platform and needed is not None and needed <= python.glibc
+
+
+def platforms(python: Python) -> list[str]:
+    """What ``pip download --platform`` is told for ``python``, all of it: pip takes such names as they are written."""
+    names = [f"manylinux_{a}_{b}" for a, b in USUAL_GLIBC if (a, b) <= max(python.glibc, USUAL_GLIBC[-1])]
+    return [f"{name}_{python.machine}" for name in (*names, "manylinux2014")]
 
 
 def tag_of(wheel: Path) -> str:

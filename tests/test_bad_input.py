@@ -15,7 +15,7 @@ from conftest import CLASSES, batch, measure
 from onnx import helper, numpy_helper
 from test_quantize import logits, quantizers
 
-from edgeres import graph, pipeline
+from edgeres import graph, pipeline, ranges
 from edgeres.build import Engine
 from edgeres.cli import cli
 from edgeres.errors import InputError
@@ -144,6 +144,20 @@ def weight_only(model: Any) -> None:
     node.input[1] = "restored"
     dequantize = helper.make_node("DequantizeLinear", [name, "s"], ["restored"], name="restored")
     graph.set_nodes(model, [dequantize, *model.graph.node])
+
+
+@pytest.mark.parametrize("origin", ["foreign", "quantized"])
+def test_only_an_fp32_model_of_ours_is_calibrated(workspace: Path, model: Any, origin: str) -> None:
+    work = job(workspace, model)
+    if origin == "quantized":
+        work = replace(work, model=pipeline.quantize_model(work))
+        work.table.unlink(missing_ok=True)
+    else:
+        del model.metadata_props[:]
+        work = job(workspace, model)
+    with pytest.raises(InputError, match="is not an FP32 model made by edgeres"):
+        ranges.calibrate_model(work)
+    assert not work.table.exists()
 
 
 def test_weights_that_are_quantized_already_are_refused(model: Any) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def test_an_accepted_result_is_a_budget(workspace: Path, tiny_path: Path, edgere
     result = json.loads(again.stdout)
     assert result["budget"]["accepted"]["path"] == "result.json"
     assert "(image by image)" in result["reasons"][0]
-    failed(edgeres(*validate, "--accepted", "nowhere.json"), 1, "cannot read result", "nowhere.json")
+    failed(edgeres(*validate, "--accepted", "nowhere.json"), 1, "cannot read result", "nowhere.json", "Next: ")
 
 
 def test_shards_are_merged(workspace: Path, tiny_path: Path, edgeres: Run) -> None:
@@ -272,7 +273,7 @@ def test_table_of_another_model(workspace: Path, edgeres: Run, tiny_path: Path) 
     table.made_from["model"] = "f" * 64
     table.save(Path("other.json"))
     result = edgeres("build-engine", "--model", tiny_path, "--calibration", "other.json")
-    failed(result, 1, "made from another model", "ffffffffffff", "edgeres calibrate")
+    failed(result, 1, "not of the same model", "ffffffffffff", "edgeres calibrate")
     assert not Path("engines").exists()
 
 
@@ -375,6 +376,87 @@ def test_a_pack_holds_the_whole_set_unless_a_flag_limits_it(workspace: Path, edg
     failed(edgeres("pack", "some.pack"), 2, "is a pack already")
 
 
+def test_a_pack_of_this_folder_is_called_as_the_folder_is(
+    edgeres: Run, train_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(train_folder, tmp_path / "images")
+    monkeypatch.chdir(tmp_path / "images")
+    assert edgeres("pack", ".", "--input-size", 32).stdout == "images.pack\n"
+    assert Path("images.pack").is_file()
+
+
+@pytest.mark.parametrize("command", ["calibrate", "quantize", "pack", "benchmark", "run"])
+def test_that_nothing_can_be_written_is_known_before_the_work(
+    workspace: Path,
+    edgeres: Run,
+    tiny_path: Path,
+    val_folder: Path,
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = ("--model", tiny_path, "--precision", "fp32")
+    assert edgeres("build-engine", *model).exit_code == 0
+    arguments = {"calibrate": model[:2], "quantize": model[:2], "pack": (val_folder,), "benchmark": model}
+    for work in ("ranges.make_table", "tune.choose", "pack.read_ahead", "lineup.run", "pipeline.run"):
+        monkeypatch.setattr(f"edgeres.{work}", lambda *_, **__: pytest.fail("work was done before"))
+    (workspace / "there.json").mkdir()
+    result = edgeres(command, *arguments.get(command, ("edgeres.toml",)), "-o", "there.json")
+    failed(result, 1, "cannot write there.json", "it is a folder")
+
+
+def test_that_no_result_can_be_written_is_known_before_the_images_are_looked_at(
+    workspace: Path, edgeres: Run, tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ("--model", tiny_path, "--precision", "fp32")
+    engine = Path(edgeres("build-engine", *model).stdout.strip())
+    (engine.parent / "result.json").mkdir()
+    monkeypatch.setattr("edgeres.pipeline.images_to_judge", lambda *_: pytest.fail("work was done before"))
+    failed(edgeres("validate", *model), 1, "cannot write", "result.json", "it is a folder", "copy its folder")
+
+
+def test_a_list_of_images_is_not_replaced_by_that_of_a_table(
+    workspace: Path, edgeres: Run, tiny_path: Path, train_folder: Path
+) -> None:
+    images = [f"{train_folder}/class0/{name}\n" for name in ("1.jpg", "2.png", "3.jpg")]
+    (workspace / "train.txt").write_text("".join(images))
+    arguments = ("calibrate", "--model", tiny_path, "--calibration", "train.txt", "--limit", "2")
+    failed(edgeres(*arguments, "-o", "train.json"), 2, "train.txt would take the place of what it is made from")
+    assert (workspace / "train.txt").read_text() == "".join(images)
+    assert edgeres(*arguments, "-o", "table.json").exit_code == 0
+
+
+def test_an_export_does_not_take_the_place_of_the_weights(workspace: Path, edgeres: Run) -> None:
+    (workspace / "mine.pth").write_bytes(b"weights")
+    failed(edgeres("export", "--weights", "mine.pth", "-o", "mine.pth"), 2, "would take the place of what it is")
+
+
+def test_an_import_does_not_take_the_place_of_its_source(workspace: Path, edgeres: Run, tiny_path: Path) -> None:
+    path = workspace / "engines" / "out" / "mine.onnx"
+    path.parent.mkdir(parents=True)
+    shutil.copy(tiny_path, path)
+    failed(edgeres("import", "engines/out/mine.onnx", "--like", tiny_path), 2, "would take the place of what it is")
+    assert path.read_bytes() == tiny_path.read_bytes()
+    assert edgeres("import", path, "--like", tiny_path, "-o", "other.onnx").exit_code == 0
+
+
+def test_results_of_a_run_are_not_copied_onto_themselves(workspace: Path, edgeres: Run) -> None:
+    output = "engines/out/resnet50-v1.5-int8-cpu/result.json"
+    failed(edgeres("run", "edgeres.toml", "-o", output), 2, "would take the place of what it is made from")
+
+
+def test_a_table_is_known_by_its_name(workspace: Path, edgeres: Run, tiny_path: Path) -> None:
+    failed(edgeres("calibrate", "--model", tiny_path, "-o", "t.txt"), 2, "t.txt is no name", "such as t.json")
+    assert not Path("t.txt").exists()
+
+
+def test_what_may_not_be_read_is_said_so(workspace: Path, edgeres: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "there")
+
+    monkeypatch.setattr("edgeres.inspect.targets", denied)
+    failed(edgeres("targets"), 1, "cannot read or write there", "see to the rights there")
+
+
 def test_an_error_under_json_is_json_on_stdout_too(workspace: Path, edgeres: Run) -> None:
     found = edgeres("inspect", "none.onnx", "--json")
     failed(found, 1, "none.onnx")
@@ -382,6 +464,19 @@ def test_an_error_under_json_is_json_on_stdout_too(workspace: Path, edgeres: Run
     assert found.stderr.startswith(f"Error: {error['cause']}")
     assert set(error) == {"cause", "evidence", "next"}
     assert edgeres("inspect", "none.onnx").stdout == ""
+    option = edgeres("build-engine", "--build", "size=1", "--json")
+    assert json.loads(option.stdout)["error"]["cause"] == "'size=1' is no KEY=VALUE"
+
+
+@pytest.mark.parametrize("command", ["targets", "report show", "data check"])
+def test_wrong_usage_under_json_is_json_on_stdout_too(workspace: Path, edgeres: Run, command: str) -> None:
+    found = edgeres(*command.split(), "--nosuch", "--json")
+    assert found.exit_code == 2
+    assert "No such option" in found.stderr
+    error = json.loads(found.stdout)["error"]
+    assert "--nosuch" in error["cause"]
+    assert f"{command} --help" in error["next"]
+    assert edgeres(*command.split(), "--nosuch").stdout == ""
 
 
 def test_a_disk_that_cannot_be_written_is_json_too(
@@ -400,6 +495,7 @@ def test_a_disk_that_cannot_be_written_is_json_too(
         ("selftest", "edgeres.selftest.run", "with -o, with --work, from another workspace"),
         ("card", "edgeres.card.write_card", "with -o, from another workspace"),
         ("validate", "edgeres.build.Engine.load", "from another workspace"),
+        ("report show", "edgeres.publish.read", "with --html, with --markdown, with --junit, from another workspace"),
     ],
 )
 def test_where_else_to_write_is_what_the_command_has_an_option_for(
@@ -409,7 +505,7 @@ def test_where_else_to_write_is_what_the_command_has_an_option_for(
         raise OSError(errno.ENOSPC, "No space left on device", "there")
 
     monkeypatch.setattr(function, full)
-    assert edgeres(command, "a.bundle").stderr.endswith(f"Next: make room there, or write elsewhere: {ways}\n")
+    assert edgeres(*command.split(), "a.bundle").stderr.endswith(f"Next: make room there, or write elsewhere: {ways}\n")
 
 
 @pytest.mark.parametrize(

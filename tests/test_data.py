@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -137,6 +138,21 @@ def test_threads_keep_the_order_and_hold_few_results() -> None:
     assert [next(found) for _ in range(5)] == [0, 1, 4, 9, 16]
     assert len(taken) == 10
     assert list(found) == [i * i for i in range(5, 100)]
+
+
+def test_there_are_as_many_threads_as_cores_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)  # of the machine, not of the container
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 7}, raising=False)
+    meet = threading.Barrier(3)
+
+    def together(_: int) -> bool:
+        try:
+            meet.wait(0.2)
+        except threading.BrokenBarrierError:
+            return False
+        return True
+
+    assert list(threaded(together, range(3))) == [False] * 3
 
 
 def test_what_a_thread_raises_arrives() -> None:

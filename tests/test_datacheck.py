@@ -8,13 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 from rich.console import Console
 
+from edgeres.cli import cli
 from edgeres.data import ImageSet
 from edgeres.datacheck import SHOWN, check, table
 from edgeres.files import to_json
 from edgeres.layouts import open_images
+from edgeres.remote import Unreachable
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:
@@ -102,6 +105,23 @@ def test_images_shared_with_another_set_are_listed(root: Path, tmp_path: Path) -
     assert check(open_images(root))["against"] is None
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_set_that_cannot_be_reached_has_no_verdict(root: Path, which: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = [open_images(root / name) for name in ("ant", "bee")]
+
+    def gone(images: ImageSet, i: int) -> None:
+        raise Unreachable("cannot read it")
+
+    monkeypatch.setattr(Elsewhere, "open", gone, raising=False)
+    sets[which] = Elsewhere(sets[which].root, sets[which].paths, None)
+    with pytest.raises(Unreachable, match="cannot read it"):
+        check(*sets)
+
+
+class Elsewhere(ImageSet):
+    """Images on a machine that does not answer."""
+
+
 def test_labels_outside_the_classes_are_listed(root: Path) -> None:
     (root / "list.txt").write_text("ant/1.png 0\nant/3.png 2\nbee/4.png 9\n")
     images = open_images(root / "list.txt")
@@ -110,6 +130,16 @@ def test_labels_outside_the_classes_are_listed(root: Path) -> None:
     assert report["labels_out_of_range"] == [{"path": "bee/4.png", "label": 9}]
     assert report["classes"]["known"] == 3
     assert report["classes"]["empty"] == 1
+    assert check(open_images(root), classes=2)["classes"]["known"] == 3  # the set knows better
+
+
+def test_the_models_number_of_classes_bounds_labels(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / "list.txt").write_text("ant/1.png 0\nbee/4.png 9\n")
+    monkeypatch.chdir(root)
+    assert CliRunner().invoke(cli, ["data", "check", "list.txt"]).exit_code == 0
+    (root / "edgeres.toml").write_text("[model]\nclasses = 3\n")
+    found = CliRunner().invoke(cli, ["data", "check", "list.txt"])
+    assert (found.exit_code, "bee/4.png: 9" in found.stdout) == (1, True)
 
 
 def test_a_set_without_labels_has_no_classes(root: Path) -> None:

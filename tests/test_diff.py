@@ -74,6 +74,12 @@ def shown(a: Path, b: Path) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_a_spoilt_engine_record_is_refused(tmp_path: Path) -> None:
+    whole = engine(tmp_path / "a", made_from={"model": "a" * 64})
+    with pytest.raises(InputError, match=r"engine record .* is damaged"):
+        diff(whole, engine(tmp_path / "b", made_from={"model": 5}))
+
+
 def test_accuracy_is_paired_where_the_images_are_the_same(tmp_path: Path) -> None:
     # both are right on the rest; A is wrong on the first 10, B on the first 45
     a, b = write(tmp_path / "a", record(), lost=10), write(tmp_path / "b", record(), lost=45)

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import click
 import pytest
-import tomllib
 from click.testing import CliRunner
 
 from edgeres.cli import cli
-from edgeres.recipe import Recipe, from_dict
+from edgeres.recipe import Recipe, from_dict, tomllib
 from edgeres.trt import Options
 
 ROOT = Path(__file__).parents[1]

@@ -129,6 +129,8 @@ def test_every_machine_with_onnx_runtime_has_the_target_cpu(here: Facts) -> None
         (AGX_62, "jetson-agx-orin"),
         (NX_62, "jetson-orin-nx"),
         (NANO_62, "jetson-orin-nano"),
+        (jetson("NVIDIA IGX Orin Development Kit", "36.3.0", "8.6.2"), "jetson-agx-orin"),
+        (jetson("NVIDIA IGX Thor Developer Kit", "38.4.0", "10.13.3", THOR), "jetson-agx-thor"),
         (jetson("NVIDIA Orin Nano Developer Kit", "35.4.1", None), "jetson-orin-nano"),
         (THOR_71, "jetson-agx-thor"),
         (XAVIER_51, "jetson-xavier-nx"),
@@ -188,9 +190,15 @@ def test_without_a_gpu_other_machines_are_the_way() -> None:
     assert remedy == diagnosis.ELSEWHERE
 
 
-@pytest.mark.parametrize("here", [MAC, ARM, AGX_62])
+@pytest.mark.parametrize("here", [MAC, AGX_62])
 def test_tensorrt_rtx_is_for_pcs(here: Facts) -> None:
-    assert answer("rtx", here)[0] == "only for Linux and Windows on x86-64"
+    assert answer("rtx", here)[0] == "only for Linux and for Windows on x86-64, and not for Jetson"
+
+
+def test_tensorrt_rtx_is_also_for_arm_servers() -> None:
+    cause, remedy = answer("rtx", ARM)
+    assert cause != answer("rtx", AGX_62)[0]
+    assert 'pip install "edgeres[rtx]"' in remedy or "engines built here run" in remedy
 
 
 @pytest.mark.parametrize(
@@ -564,6 +572,10 @@ def test_a_jetson_is_gathered_with_all_that_is_asked_of_it(
     assert (here.cuda, here.driver, here.memory_free) == ("12.6", "540.4.0", 102400)
     assert (here.dla_cores, here.apt) == (2, True)
     assert here.package("tensorrt") == Package("10.3.0")
+    monkeypatch.setattr(facts.devices, "gpus", lambda: [ADA, ORIN])
+    igx = facts.gather(root)  # with a GPU in a slot, which comes first
+    assert (igx.jetson, igx.dla_cores, detect(igx)) == (None, None, "desktop")
+    monkeypatch.setattr(facts.devices, "gpus", lambda: [ORIN])
     monkeypatch.setattr(sys, "path", [*sys.path, "/usr/lib/python3.10/dist-packages"])
     assert not facts.gather(root).isolated
     monkeypatch.setattr(sys, "path", [p for p in sys.path if "dist-packages" not in p])

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -359,3 +361,31 @@ def test_a_cache_that_cannot_be_made_is_no_bug(server: Server, path: Path, tmp_p
     error = refused(server.url, path, "cannot download")
     assert str(tmp_path / "cache") in error.evidence
     assert server.asked == []
+
+
+# several processes
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks are those of POSIX")
+def test_of_two_downloads_of_one_file_the_second_waits(
+    server: Server, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, fetch = threading.Event(), module._fetch
+
+    def slow(url: str, part: Path) -> None:
+        there.set()
+        time.sleep(0.2)  # for the other to get as far as this, if nothing stops it
+        fetch(url, part)
+
+    monkeypatch.setattr(module, "_fetch", slow)
+    first = threading.Thread(target=download, args=(server.url, path, SHA256, MIB))
+    first.start()
+    assert there.wait(10)
+    told = Console(file=io.StringIO(), width=400)
+    with progress.to(told):
+        download(server.url, path, SHA256, MIB)
+    first.join()
+    assert "another process downloads to" in told.file.getvalue()  # type: ignore[attr-defined]
+    assert len(server.asked) == 1
+    assert path.read_bytes() == BODY
+    assert files_in(tmp_path) == [path.name]

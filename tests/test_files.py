@@ -96,6 +96,15 @@ def test_atomic_says_of_a_folder_that_it_is_one(tmp_path: Path) -> None:
             files.write_json(path, {})
 
 
+def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="no") as error, files.atomic(tmp_path / "a") as temporary:
+        raise OSError(errno.EROFS, "no", str(temporary))
+    assert error.value.filename == str(tmp_path / "a")
+    with pytest.raises(OSError, match="no") as error, files.atomic(tmp_path / "a"):
+        raise OSError(errno.EROFS, "no", "another")
+    assert error.value.filename == "another"
+
+
 def test_what_can_be_written_is_known_before_and_nothing_is_left(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     files.require_writable(tmp_path / "new" / "a.json")

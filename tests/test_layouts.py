@@ -64,8 +64,10 @@ def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path: Path) -> None:
 def test_a_class_folder_outside_the_labels_file_is_named(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "set", "a/1.png", "cat/2.png")
     (tmp_path / "labels.txt").write_text("a\nb\n")
-    with pytest.raises(InputError, match="'cat' is not in the labels file"):
+    with pytest.raises(InputError, match="'cat' is not in the labels file") as error:
         open_images(root, tmp_path / "labels.txt")
+    assert error.value.evidence.endswith("labels.txt has 'a', 'b'")
+    assert "one per line" in error.value.hint
 
 
 def test_a_labels_file_with_one_name_for_two_classes_is_refused(tmp_path: Path) -> None:
@@ -494,6 +496,13 @@ def test_csv_columns_are_found_by_their_names(
 def test_csv_paths_may_be_quoted(tmp_path: Path) -> None:
     (tmp_path / "set.csv").write_text('path,label\n"a, ""b"".png",1\n')
     assert open_images(tmp_path / "set.csv").paths == ('a, "b".png',)
+
+
+def test_only_a_line_break_ends_a_line_of_csv(tmp_path: Path) -> None:
+    names = ("a\u2028b.png", "c\x0cd.png", "e\x85f.png")
+    for end in ("\n", "\r\n", "\r"):
+        (tmp_path / "set.csv").write_bytes(end.join(["path,label", *(f"{name},1" for name in names)]).encode())
+        assert open_images(tmp_path / "set.csv").paths == names
 
 
 @pytest.mark.parametrize(

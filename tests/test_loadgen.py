@@ -271,7 +271,7 @@ def test_a_process_whose_test_failed_ends_as_usual(tmp_path: Path) -> None:
 def test_a_file_in_the_current_folder_does_not_change_the_settings(tmp_path: Path) -> None:
     Path("audit.config").write_text("*.*.min_query_count = 5\n*.*.max_query_count = 5\n")
     found = performance(Answering(0.001), numbered(40), "single-stream", tmp_path / "logs", seconds=0.2)
-    assert found["queries"] > 20
+    assert found["queries"] > 5
 
 
 @real

@@ -39,7 +39,9 @@ def test_a_jetson_is_described_with_gpu_driver_and_jetpack(monkeypatch: pytest.M
         ({"CPU implementer": "0x41", "CPU part": "0xd42"}, "Arm Cortex-A78AE"),
         ({"CPU implementer": "0x41", "CPU part": "0xd83"}, "Arm Neoverse-V3AE"),
         ({"CPU implementer": "0x4e", "CPU part": "0x004"}, "NVIDIA Carmel"),
-        ({"CPU implementer": "0x41", "CPU part": "0x004"}, "what the system says"),
+        ({"CPU implementer": "0x41", "CPU part": "0xd0c"}, "Arm Neoverse-N1"),
+        ({"CPU implementer": "0x41", "CPU part": "0x004"}, "Arm, implementer 0x41, part 0x004"),
+        ({"CPU part": "0x004"}, "what the system says"),
         ({}, "what the system says"),
     ],
 )

@@ -19,6 +19,7 @@ from edgeres.recipe import (
     merge,
     parse_setting,
     read_record,
+    with_defaults,
 )
 from edgeres.trt import Options
 
@@ -153,6 +154,8 @@ def test_wrong_types_are_refused_with_file(tmp_path: Path, text: str, cause: str
         ("[validation]\nlimit = 0", "limit is 0"),
         ("[budget]\nmax_drop = -0.1", "max_drop is -0.1"),
         ("[budget]\nmax_drop = nan", "max_drop is nan"),
+        ("[budget]\nmax_drop = 101", "max_drop is 101"),
+        ("[budget]\nmin_relative = 100.5", "min_relative is 100.5"),
         ("[preprocess]\ncrop = 0", "crop .*is 0"),
         ("[preprocess]\nresize = 200", "resize 200 is smaller than the input size 224"),
         ('[preprocess]\ninterpolation = "nearby"', "unknown preprocess.interpolation"),
@@ -197,8 +200,9 @@ def test_what_is_not_toml_is_refused_with_file(tmp_path: Path, content: bytes) -
 
 
 def test_a_recipe_that_is_not_there_is_an_error_and_a_workspace_file_is_not(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot read recipe .*absent\.toml"):
+    with pytest.raises(InputError, match=r"cannot read recipe .*absent\.toml") as error:
         load_recipe(tmp_path, tmp_path / "absent.toml")
+    assert error.value.hint
 
 
 def test_an_error_in_the_workspace_names_the_workspace(tmp_path: Path) -> None:
@@ -218,6 +222,17 @@ def test_every_error_says_what_to_do_or_what_was_seen(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("crop", "resize"), [(224, 256), (288, 329), (64, 73), (32, 37), (1, 1)])
 def test_resize_defaults_to_the_imagenet_ratio(crop: int, resize: int) -> None:
     assert Preprocess(crop=crop).resize == resize
+
+
+@pytest.mark.parametrize(
+    ("said", "crop", "resize"),
+    [({}, 224, 232), ({"crop": 224}, 224, 232), ({"crop": 288}, 288, 329), ({"crop": 224, "resize": 240}, 224, 240)],
+)
+def test_a_published_resize_goes_with_its_own_crop(
+    tmp_path: Path, said: dict[str, int], crop: int, resize: int
+) -> None:
+    recipe = load_recipe(tmp_path, flags={"preprocess": said})
+    assert with_defaults(recipe, Preprocess(resize=232)) == Preprocess(crop=crop, resize=resize)
 
 
 def test_resize_may_equal_the_crop() -> None:
@@ -276,6 +291,13 @@ def test_merge_leaves_its_arguments_alone() -> None:
     assert merge(low, high) == {"a": {"x": 1, "y": 3}, "b": 1, "c": 4}
     assert low == {"a": {"x": 1, "y": 2}, "b": 1}
     assert high == {"a": {"y": 3}, "c": 4}
+
+
+def test_a_home_that_nobody_has_is_refused(tmp_path: Path) -> None:
+    recipe = write(tmp_path / "a.toml", '[calibration]\nimages = "~nobody-of-that-name/images"\n')
+    with pytest.raises(UsageError, match="where ~nobody-of-that-name/images is cannot be known") as error:
+        load_recipe(tmp_path, recipe)
+    assert error.value.hint == "write the path out"
 
 
 def test_the_nearest_workspace_above_is_found(tmp_path: Path) -> None:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
+import sys
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
-import tomllib
 from conftest import SHARED, shared
+from packaging.specifiers import SpecifierSet
 
 import edgeres
 from edgeres.calibrate import RangeTable
 from edgeres.data import Manifest
 from edgeres.files import sha256_file
 from edgeres.layouts import open_images
-from edgeres.recipe import load_recipe
+from edgeres.recipe import load_recipe, tomllib
 from edgeres.targets import load_target
 
 ROOT = Path(__file__).parents[1]
@@ -76,6 +80,40 @@ def test_version_stands_in_one_place() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert project["project"]["dynamic"] == ["version"]
     assert edgeres.__version__.count(".") == 2
+
+
+def test_development_asks_for_a_python_that_takes_all_that_is_pinned() -> None:
+    text = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("Makefile", "README.md", "constraints.txt")}
+    said = {
+        tuple(re.findall(r"version_info < \((\d+), (\d+)\)", text["Makefile"])),
+        tuple(re.findall(r"`make` needs (\d+)\.(\d+)", text["README.md"])),
+        tuple(re.findall(r"Needs Python (\d+)\.(\d+)", text["constraints.txt"])),
+    }
+    (((major, minor),),) = said
+    pinned = set(text["constraints.txt"].split())
+    needs = {
+        f"{d.name}=={d.version}": d.metadata.get("Requires-Python", "")
+        for d in distributions()
+        if f"{d.name}=={d.version}" in pinned
+    }
+    assert {pin: said for pin, said in needs.items() if not SpecifierSet(said).contains(f"{major}.{minor}")} == {}
+
+
+def test_an_older_python_is_told_before_anything_is_installed(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\n[ $1 = -c ] && exec {sys.executable} -c "import sys; sys.version_info = (3, 10); $2"\n'
+    )
+    python.chmod(0o755)
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    make = subprocess.run(
+        ["make", f"PYTHON={python}", "check"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert make.returncode
+    assert "needs Python 3.11 or newer" in make.stderr
+    assert "is 3.10: make PYTHON=python3.11 check" in make.stderr
+    assert not (tmp_path / ".venv").exists()
 
 
 def test_no_tracked_file_is_large() -> None:

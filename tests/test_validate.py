@@ -434,6 +434,7 @@ def test_a_wrong_label_or_value_stops_a_comparison_in_memory() -> None:
     with pytest.raises(BuildError, match="the FP32 baseline computes NaN or infinity") as caught:
         compare(Function(lambda x: x + np.float32(np.inf)), {}, labelled([0, 1]))
     assert caught.value.evidence.startswith("on 2 of 2 images, first image 0")
+    assert "check the weights" in caught.value.hint  # FP32 has no other precision
     assert not compare(Function(), {"e": Function()}, labelled(None))["e"].labels
 
 

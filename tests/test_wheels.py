@@ -13,7 +13,7 @@ import pytest
 import edgeres
 from edgeres import wheels
 from edgeres.errors import InputError, UsageError
-from edgeres.wheels import Python, Wheels, fits, repack
+from edgeres.wheels import Python, Wheels, fits, platforms, repack
 
 JETSON = Python((3, 10), "aarch64", (2, 35))
 HERE = Python((sys.version_info[0], sys.version_info[1]), "x86_64", (2, 28))
@@ -46,6 +46,15 @@ HERE = Python((sys.version_info[0], sys.version_info[1]), "x86_64", (2, 28))
 )
 def test_a_wheel_fits_where_it_is_sure_to(tag: str, expected: bool) -> None:
     assert fits(tag, JETSON) is expected
+
+
+@pytest.mark.parametrize("glibc", [(2, 36), (2, 35), (2, 31), (2, 28), (2, 17), (0, 0)])
+def test_pip_is_told_every_platform_that_wheels_for_a_device_are_named_after(glibc: tuple[int, int]) -> None:
+    device = Python((3, 10), "aarch64", glibc)
+    told = platforms(device)
+    assert told[-2:] == ["manylinux_2_28_aarch64", "manylinux2014_aarch64"]  # also where glibc is not known
+    assert all(fits(f"cp310-cp310-{name}", device) for name in told if glibc >= (2, 28))
+    assert ("manylinux_2_35_aarch64" in told, "manylinux_2_31_aarch64" in told) == (glibc >= (2, 35), glibc >= (2, 31))
 
 
 def test_what_was_compiled_on_a_device_fits_those_like_it() -> None:
