@@ -120,7 +120,7 @@ def test_a_runner_closes_twice(files: dict[str, Path]) -> None:
     runner = OpenVinoRunner(files["fp32"])
     runner.close()
     runner.close()
-    with pytest.raises(AttributeError):
+    with pytest.raises(TypeError):
         runner.infer(PIXELS)
 
 

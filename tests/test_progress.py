@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
 from edgeres import progress
@@ -27,3 +28,12 @@ def test_one_of_a_thing_is_not_several() -> None:
                     pass
     said = [line.partition(" in ")[0] for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
     assert said == [f"work: {n}" for n in ("1 batch", "2 batches", "1 model", "2 models", "1 MiB", "2 MiB")]
+
+
+def test_off_a_terminal_nothing_is_drawn_and_no_line_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress.Progress, "stop", lambda self: self.console.print())  # as Rich 13 does when disabled
+    told = io.StringIO()
+    with progress.to(Console(file=told)):
+        assert list(progress.track([1, 2], "look", 2)) == [1, 2]
+    assert told.getvalue().startswith("look: 2 batches in ")
+    assert told.getvalue().count("\n") == 1
