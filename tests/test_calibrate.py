@@ -415,12 +415,12 @@ def test_require_names_the_input_that_changed(table: RangeTable, changed: str) -
 
 
 def test_require_names_every_input_that_changed(table: RangeTable) -> None:
-    with pytest.raises(StaleError, match="another model and another images"):
+    with pytest.raises(StaleError, match="not of the same model and images"):
         table.require({"model": "x", "images": "y", "preprocess": "p" * 64})
 
 
 def test_require_refuses_an_input_that_was_not_recorded() -> None:
-    with pytest.raises(StaleError, match="another model") as caught:
+    with pytest.raises(StaleError, match="not of the same model") as caught:
         RangeTable({}).require({"model": "a" * 64})
     assert "table none" in caught.value.evidence
 

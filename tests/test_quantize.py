@@ -412,7 +412,7 @@ def test_a_scale_is_never_zero_or_subnormal(tiny: Any, value: float) -> None:
 
 def test_a_table_of_another_model_is_refused(table: RangeTable, preprocess: Preprocess) -> None:
     other = export_onnx(tiny_resnet(seed=1), preprocess, {})
-    with pytest.raises(StaleError, match="another model"):
+    with pytest.raises(StaleError, match="not of the same model"):
         int8(other, table, SCHEME, "minmax")
 
 
