@@ -91,7 +91,7 @@ def _shown(value: dict[str, Any], facts: Facts) -> list[RenderableType]:
 def _machine(facts: Facts) -> Iterable[tuple[str, str]]:
     yield "system", f"{facts.system} {facts.machine}, Python {facts.python}, edgeres {edgeres.__version__}"
     yield "CPU", f"{facts.cpu}, {facts.cores} cores"
-    yield "INT8", ", ".join(facts.instruction_sets) or "instruction sets unknown"
+    yield "INT8", ", ".join(facts.instruction_sets) or "no instruction sets for it found"
     if facts.memory_free is not None:
         yield "memory", f"{_gib(facts.memory_free)} free"
     for gpu in facts.gpus:

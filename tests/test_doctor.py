@@ -665,6 +665,12 @@ def test_a_target_that_builds_and_does_not_run_says_why_not() -> None:
     assert row["remedy"] == "engines built here run where there is one"
 
 
+def test_instruction_sets_are_named_or_said_not_to_be_found() -> None:
+    assert "INT8    asimddp\n" in shown(ARM)
+    old = shown(replace(ARM, instruction_sets=()))  # a Cortex-A72: its flags are known, and none is for INT8
+    assert "INT8    no instruction sets for it found\n" in old
+
+
 def test_the_report_is_of_this_machine_unless_told_otherwise() -> None:
     value, _ = doctor.report()
     assert value["machine"]["python"] == ".".join(map(str, sys.version_info[:3]))

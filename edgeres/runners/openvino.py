@@ -22,8 +22,8 @@ from edgeres.runners import Runner, refuse_settings
 PRECISIONS = {"f32": "fp32", "f16": "fp16", "u8": "int8", "i8": "int8"}
 """What OpenVINO calls the precision that a layer is executed in -> what edgeres calls it."""
 SIZED = ("aarch64", "arm64")
-"""Machines where a graph for any batch is compiled for each batch size. Left open, its INT8 classifier takes the scale of
-the first class for every class there (OpenVINO 2026.4.1): 12 dB instead of 36 in ResNet-50's logits."""
+"""Machines where a graph for any batch is compiled for each size that comes. Compiled for any, its INT8 classifier
+rescales every class like the first there (OpenVINO 2026.4.1): ResNet-50's logits have 12 dB instead of 36."""
 
 
 class OpenVinoRunner(Runner):
@@ -40,7 +40,9 @@ class OpenVinoRunner(Runner):
         self.dtype = np.dtype(model.input(INPUT).element_type.to_dtype())
         self._sized = _sized(model)
         # two are kept: for the usual batch, and for what is left at the end
-        self._request: Any = functools.lru_cache(maxsize=2)(functools.partial(_request, path, model, threads))
+        self._request: Any = functools.lru_cache(maxsize=2)(
+            lambda images: _compiled(path, model, threads, images).create_infer_request()
+        )
         self._request(1)
 
     def _run(self, pixels: np.ndarray) -> np.ndarray:
@@ -99,7 +101,7 @@ def compile_model(path: Path, threads: int | None = None) -> Any:
 
 
 def _compiled(path: Path, model: Any, threads: int | None, images: int) -> Any:
-    """``model``, which was read from ``path``, compiled; for a batch of ``images`` if it must be for one."""
+    """``model``, which was read from ``path``, compiled; for batches of ``images`` if it must be for a size."""
     config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     if threads is not None:
         # whoever counts threads shares the machine: pinned, two such models would meet on the same cores
@@ -109,10 +111,6 @@ def _compiled(path: Path, model: Any, threads: int | None, images: int) -> Any:
             model = model.clone()
             model.reshape({INPUT: [images, *model.input(INPUT).partial_shape[1:]]})
         return _core().compile_model(model, "CPU", config)
-
-
-def _request(path: Path, model: Any, threads: int | None, images: int) -> Any:
-    return _compiled(path, model, threads, images).create_infer_request()
 
 
 def _sized(model: Any) -> bool:
