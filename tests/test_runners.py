@@ -180,7 +180,7 @@ def test_openvino_gets_its_number_of_threads_on_no_cores_of_their_own(tiny_path:
     for asked in (1, 2):
         with open_runner(tiny_path, "openvino", asked) as runner:
             assert isinstance(runner, OpenVinoRunner)
-            model = runner._request.get_compiled_model()
+            model = runner._request(1).get_compiled_model()
         assert model.get_property("INFERENCE_NUM_THREADS") == min(asked, cores())
         assert model.get_property("ENABLE_CPU_PINNING") is False
 
