@@ -27,7 +27,8 @@ from edgeres import equalize, graph, machine
 from edgeres.calibrate import calibrate
 from edgeres.data import ImageSet
 from edgeres.layouts import open_images
-from edgeres.loader import Batch, Loader, cores
+from edgeres.loader import Batch, Loader
+from edgeres.machine import cores
 from edgeres.quantize import SCHEMES, int8
 from edgeres.recipe import Preprocess
 from edgeres.runners import open_runner

@@ -24,7 +24,8 @@ from edgeres import graph, machine
 from edgeres.data import ImageSet
 from edgeres.images import decode
 from edgeres.layouts import open_images
-from edgeres.loader import Batch, Loader, cores
+from edgeres.loader import Batch, Loader
+from edgeres.machine import cores
 from edgeres.pack import write_pack
 from edgeres.recipe import Preprocess
 from edgeres.runners import Runner, open_runner

@@ -382,7 +382,7 @@ def _add_energy(
     records: dict[str, dict[str, Any]], sides: dict[str, list[Runner]], pixels: np.ndarray, seconds: float
 ) -> list[str]:
     """What an image costs while each runner works alone, after all have rested -> why not, where no sensor tells."""
-    rest, unknown = None, {}
+    rest, unknown = None, []
     for name, side in sides.items():
         turn, calls, spent, on_gpu = _turn(side, pixels), 0, 0.0, hasattr(side[0], "split")
         with sensors.energy(gpu=on_gpu, idle_watts=rest) as meter:
@@ -393,8 +393,8 @@ def _add_energy(
             rest = meter.idle_watts
             records[name]["energy"] = meter.record(calls * len(pixels))
         else:
-            unknown[f"no energy per image: {sensors.why_no_energy(gpu=on_gpu)}"] = True
-    return list(unknown)
+            unknown.append(f"no energy per image: {sensors.why_no_energy(gpu=on_gpu)}")
+    return list(dict.fromkeys(unknown))
 
 
 def _threads() -> int | None:

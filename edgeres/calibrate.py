@@ -21,7 +21,8 @@ from edgeres import counting, graph
 from edgeres.counting import BINS as BINS
 from edgeres.errors import InputError, StaleError, need
 from edgeres.files import digest, read_json, write_json
-from edgeres.loader import Batch, Loader, cores
+from edgeres.loader import Batch, Loader
+from edgeres.machine import cores
 from edgeres.probe import Probe
 from edgeres.progress import say, track
 

@@ -29,7 +29,8 @@ from edgeres import machine, validate
 from edgeres.build import Engine
 from edgeres.errors import EdgeresError, InputError, StaleError, UsageError, need
 from edgeres.job import BATCH
-from edgeres.loader import cores, refuse_all_bad
+from edgeres.loader import refuse_all_bad
+from edgeres.machine import cores
 from edgeres.merge import refuse_gaps
 from edgeres.outcomes import join
 from edgeres.progress import bar, say

@@ -16,7 +16,8 @@ from edgeres.build import RECORD, Engine
 from edgeres.errors import EdgeresError, InputError, StaleError, UsageError
 from edgeres.job import Job
 from edgeres.latency import in_short
-from edgeres.loader import cores, normalizer
+from edgeres.loader import normalizer
+from edgeres.machine import cores
 from edgeres.recipe import Preprocess
 from edgeres.runners import Runner, open_runner
 from edgeres.sysfs import text

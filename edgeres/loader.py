@@ -13,7 +13,7 @@ import numpy as np
 
 from edgeres.data import ImageSet
 from edgeres.errors import InputError, UsageError
-from edgeres.machine import cores as cores
+from edgeres.machine import cores
 from edgeres.recipe import Preprocess
 from edgeres.remote import Unreachable
 

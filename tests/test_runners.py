@@ -9,7 +9,8 @@ from conftest import CLASSES, tiny_resnet
 from edgeres import graph
 from edgeres.errors import BuildError, InputError, UsageError
 from edgeres.export import export_onnx
-from edgeres.loader import cores, normalizer
+from edgeres.loader import normalizer
+from edgeres.machine import cores
 from edgeres.recipe import Preprocess
 from edgeres.runners import Runner, open_runner
 from edgeres.runners.onnxruntime import OnnxRuntimeRunner
